@@ -1,0 +1,144 @@
+"""The node's resolved configuration: plain values in ``node.json``, and the layout of the runtime directory.
+
+Written once by ``sgnode serve`` before anything starts; every process reads it and nothing else.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shared.errors import NodeError
+
+RUNTIME_DIR_VARIABLE = "SGNODE_RUNTIME_DIR"
+"""Environment variable that names the runtime directory; also the marker by which a node's processes are found."""
+
+
+class Dynamo(msgspec.Struct, frozen=True, kw_only=True):
+    """How an agent joins the cluster. Field names and defaults follow Dynamo 1.6.1's runtime arguments."""
+
+    namespace: str = "dynamo"
+    component: str = "backend"
+    endpoint: str = "generate"
+    discovery_backend: str = "file"
+    request_plane: str = "tcp"
+    response_plane: str | None = None
+    event_plane: str | None = "zmq"
+    endpoint_types: str = "chat,completions"
+    custom_jinja_template: str | None = None
+    served_model_aliases: list[str] = []
+    model_source_uri: str | None = None
+    kv_state_endpoint: str | None = None
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    default_thinking_mode: str | None = None
+    exclude_tools_when_tool_choice_none: bool = True
+    structural_tag: dict[str, Any] | None = None
+    enable_local_indexer: bool = True
+    use_kv_events: bool = False
+    engine_request_limit: int | None = None
+
+
+class Synthetic(msgspec.Struct, frozen=True, kw_only=True):
+    """The synthetic engine's dials (tests and ceilings only). Times in seconds."""
+
+    load_seconds: float = 0.2
+    step_seconds: float = 0.01
+    tokens_per_step: int = 1
+    total_kv_blocks: int = 4096
+    max_running_requests: int = 1024
+    vocab_size: int = 512
+    context_length: int = 1_000_000
+    fault: str = ""
+    """``load``: die while loading; ``hang``: stop stepping; empty: none."""
+    children: int = 2
+    """Child processes, standing where SGLang has its scheduler and detokenizer."""
+
+
+class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One node. Ports are resolved (never 0). Durations in seconds."""
+
+    name: str
+    runtime_dir: str
+    version: str
+    role: str
+    model_path: str
+    served_model_name: str
+    engine: str = "sglang"
+    worker_argv: list[str] = []
+    """Arguments for SGLang and Dynamo's worker as the user gave them, the YAML file already merged in."""
+    synthetic: Synthetic | None = None
+    dynamo: Dynamo = Dynamo()
+    enable_metrics: bool = False
+    tp_size: int = 1
+    dp_size: int = 1
+    pp_size: int = 1
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str | None = None
+    group_port: int | None = None
+    group_key_file: str | None = None
+    agents: int = 1
+    frontend: bool = True
+    http_host: str = "127.0.0.1"
+    http_port: int = 8000
+    system_host: str = "127.0.0.1"
+    system_port: int = 9090
+    drain_grace: float = 5.0
+    drain_timeout: float = 300.0
+    canary_wait: float = 10.0
+    canary_timeout: float = 30.0
+
+    @property
+    def path(self) -> Path:
+        return Path(self.runtime_dir)
+
+    @property
+    def agent_names(self) -> list[str]:
+        """Process names of the agents; a follower has none."""
+        return [f"agent:{i}" for i in range(self.agents)] if self.node_rank == 0 else []
+
+    @property
+    def processes(self) -> list[str]:
+        """Processes of ours on this rank that publish node state, in start order."""
+        return ["coordinator", "relay", "keeper", "engine", "prober", *self.agent_names]
+
+
+CONFIG_FILE = "node.json"
+LOG_DIR = "log"
+SOCKET_DIR = "sock"
+TEMPORARY_DIR = "tmp"
+SUPERVISOR_SOCKET = "supervisor.sock"
+SUPERVISOR_CONF = "supervisor.conf"
+EVENTS_SOCKET = "sock/events"
+"""Unix datagram socket of the coordinator, for the supervisord plugin's ProcessChange hints."""
+INCARNATION_FILE = "incarnation"
+DISCOVERY_DIR = "discovery"
+LOCK_FILE = "lock"
+
+
+def save(config: NodeConfig) -> None:
+    """Write ``node.json``, readable by the node's user only, replaced atomically."""
+    target = config.path / CONFIG_FILE
+    temporary = target.with_suffix(".tmp")
+    temporary.touch(mode=0o600)
+    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2))
+    temporary.replace(target)
+
+
+def load(runtime_dir: str | Path | None = None) -> NodeConfig:
+    """Read ``node.json`` of the given runtime directory, or of the one in SGNODE_RUNTIME_DIR.
+
+    Raises NodeError when there is none or it can't be read.
+    """
+    directory = runtime_dir or os.environ.get(RUNTIME_DIR_VARIABLE)
+    if not directory:
+        raise NodeError(f"{RUNTIME_DIR_VARIABLE} is not set: start this process through `sgnode serve`")
+    path = Path(directory) / CONFIG_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=NodeConfig)
+    except FileNotFoundError as error:
+        raise NodeError(f"{path}: no such file; no node runs in this runtime directory") from error
+    except (OSError, msgspec.MsgspecError) as error:
+        raise NodeError(f"{path}: {error}") from error
