@@ -115,11 +115,12 @@ class LoopSocket:
         self.sock.send_multipart(parts, zmq.NOBLOCK)
         self._schedule()
 
-    def close(self) -> None:
+    def close(self, linger: int = 0) -> None:
+        """Close the socket; ``linger``: milliseconds that frames already sent may still take to leave."""
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._fd)
-            self.sock.close(linger=0)
+            self.sock.close(linger=linger)
 
     def _schedule(self) -> None:
         if not self._scheduled and not self._closed:

@@ -1,0 +1,41 @@
+"""The seam between the engine process and what generates tokens. A faster source replaces a backend, not the process."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from shared.errors import Code
+from shared.frames import EngineFacts, KvUse
+
+
+class Sink(Protocol):
+    """Where a backend puts what it has. Called on the event loop only, and never raises."""
+
+    def output(self, rid: str, token_ids: list[int], finish: dict[str, Any] | None, meta: dict[str, Any] | None) -> None:
+        """New tokens of a request; the list is the sink's from now on. ``finish`` ends the request."""
+
+    def failed(self, rid: str, code: Code, message: str) -> None:
+        """The request ended without an output."""
+
+    def kv_use(self, use: KvUse) -> None:
+        """KV use of one DP rank."""
+
+
+class Backend(Protocol):
+    """An engine that is up. Built before the loop runs (building may block for minutes)."""
+
+    facts: EngineFacts
+
+    def start(self, sink: Sink, stop: Callable[[], None]) -> None:
+        """Called once in the running loop, before any submit. ``stop`` asks the process to stop cleanly."""
+
+    def submit(self, rid: str, payload: dict[str, Any]) -> None:
+        """Start a request. Its outputs, and exactly one end, go to the sink."""
+
+    def abort(self, rid: str) -> None:
+        """End a request soon; its end still goes to the sink. Unknown ids are ignored."""
+
+    async def control(self, op: str, args: dict[str, Any]) -> Any:
+        """Run an engine control and return plain data. Raises ValueError for an unknown one or bad arguments."""
+
+    def close(self) -> None:
+        """Release what the engine holds; nothing is called afterwards."""

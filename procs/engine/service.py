@@ -1,0 +1,265 @@
+"""The engine's request service: peers on the ROUTER, their streams, one Step frame a step and peer, credit.
+
+A peer may have ``WINDOW`` Step frames on their way. Past that its new tokens wait and are merged per stream, so a slow
+peer gets fewer, larger chunks, nothing is lost, and the socket's high-water mark is never reached. A peer that takes
+nothing for ``STALL_SECONDS`` is cut off alone.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from procs.engine.backend import Backend
+from shared.errors import Code
+from shared.frames import (
+    PROTOCOL,
+    RID_LENGTH,
+    Abort,
+    Control,
+    ControlDone,
+    Credit,
+    Failed,
+    FromEngine,
+    Hello,
+    KvUse,
+    Output,
+    Refused,
+    Step,
+    Submit,
+    ToEngine,
+    Welcome,
+)
+from shared.heart import Heart
+from shared.merge import merge
+from shared.sockets import Decoder, LoopSocket, encode
+
+WINDOW = 64
+"""Step frames on their way to a peer: 64 steps of a fast engine (1 ms) hide a 64 ms pause of the peer."""
+STALL_SECONDS = 30.0
+"""A peer that takes no frame for so long, while some wait, has its requests aborted."""
+
+
+@dataclass
+class Peer:
+    """One life of an agent or prober on the request socket."""
+
+    identity: bytes
+    name: str
+    life: str
+    sent: int = 0
+    taken: int = 0
+    waiting: dict[str, Output] = field(default_factory=dict)
+    rids: set[str] = field(default_factory=set)
+    flushing: bool = False
+    blocked_since: float | None = None
+
+
+@dataclass
+class Stream:
+    """One running request: who asked for it and how many tokens it was given."""
+
+    peer: Peer
+    sent: int = 0
+
+
+class Service:
+    """Owns the ROUTER. All methods run on the event loop."""
+
+    def __init__(self, backend: Backend, sock: zmq.Socket[bytes], heart: Heart, *, incarnation: int, epoch: int) -> None:
+        self._backend = backend
+        self._raw = sock
+        self._heart = heart
+        self._incarnation = incarnation
+        self._epoch = epoch
+        self._socket: LoopSocket | None = None
+        self._decoder: Decoder[Any] = Decoder(ToEngine, "the request socket")
+        self._peers: dict[bytes, Peer] = {}
+        self._streams: dict[str, Stream] = {}
+        self._controls: set[asyncio.Task[None]] = set()
+        self._steps = 0
+        self._tokens = 0
+        self._loop = asyncio.get_running_loop()
+        self._watch: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        self._socket = LoopSocket(self._raw, self._receive)
+        self._heart.numbers = self.numbers
+        self._watch_stalls()
+
+    def numbers(self) -> dict[str, float]:
+        """Counters for Beat: requests running, engine steps and tokens handed on, frames dropped, peers."""
+        return {
+            "inflight": len(self._streams),
+            "steps": self._steps,
+            "tokens": self._tokens,
+            "dropped_frames": self._decoder.dropped,
+            "peers": len(self._peers),
+        }
+
+    def close(self) -> None:
+        """End what still runs with the migratable error, then close the socket."""
+        for rid in list(self._streams):
+            self.failed(rid, Code.ENGINE_DEAD, "the engine is stopping")
+        if self._watch is not None:
+            self._watch.cancel()
+        for task in self._controls:
+            task.cancel()
+        if self._socket is not None:
+            # The last Failed frames must leave; linger bounds how long that may take.
+            self._socket.close(linger=200)
+
+    # --- what arrives ------------------------------------------------------------------------------------------------
+
+    def _receive(self, parts: list[bytes]) -> None:
+        if len(parts) != 2:
+            self._decoder.drop(f"{len(parts)} parts instead of 2")
+            return
+        identity, data = parts
+        frame = self._decoder.decode(data)
+        if frame is None:
+            return
+        if isinstance(frame, Hello):
+            self._hello(identity, frame)
+            return
+        peer = self._peers.get(identity)
+        if peer is None:
+            self._send(identity, Refused("say Hello first"))
+            return
+        match frame:
+            case Submit():
+                self._submit(peer, frame)
+            case Abort():
+                if frame.rid in peer.rids:
+                    self._backend.abort(frame.rid)
+            case Credit():
+                # Credit for frames that were never sent is nonsense; less than before is merely late.
+                peer.taken = max(peer.taken, min(frame.steps, peer.sent))
+                peer.blocked_since = None
+                self._flush(peer)
+            case Control():
+                task = self._loop.create_task(self._control(peer, frame))
+                self._controls.add(task)
+                task.add_done_callback(self._controls.discard)
+
+    def _hello(self, identity: bytes, hello: Hello) -> None:
+        if hello.protocol not in (PROTOCOL, PROTOCOL - 1):
+            reason = f"{hello.name} speaks protocol {hello.protocol}, this engine {PROTOCOL}: upgrade the older of the two"
+            logging.error("refused: %s", reason)
+            self._send(identity, Refused(reason))
+            return
+        for peer in list(self._peers.values()):
+            if peer.name == hello.name or peer.identity == identity:
+                self._forget(peer, f"replaced by a new life of {hello.name}")
+        self._peers[identity] = Peer(identity, hello.name, hello.life)
+        self._send(identity, Welcome(PROTOCOL, self._incarnation, self._epoch, WINDOW, self._backend.facts))
+
+    def _submit(self, peer: Peer, submit: Submit) -> None:
+        rid = submit.rid
+        if len(rid) != RID_LENGTH or not rid.isalnum():
+            self._send(peer.identity, Failed(rid[:RID_LENGTH], Code.INVALID, f"request id must be {RID_LENGTH} hex characters"))
+        elif rid in self._streams:
+            self._send(peer.identity, Failed(rid, Code.INVALID, "request id is in use"))
+        elif submit.incarnation != self._incarnation:
+            self._send(peer.identity, Failed(rid, Code.STALE, f"meant for incarnation {submit.incarnation}"))
+        else:
+            self._streams[rid] = Stream(peer)
+            peer.rids.add(rid)
+            self._backend.submit(rid, submit.payload)
+
+    async def _control(self, peer: Peer, control: Control) -> None:
+        try:
+            done = ControlDone(control.id, None, await self._backend.control(control.op, control.args))
+        except Exception as error:  # an engine control may fail in any way; the peer gets the reason
+            logging.warning("control %s: %s", control.op, error)
+            done = ControlDone(control.id, f"{type(error).__name__}: {error}")
+        self._send(peer.identity, done)
+
+    # --- what leaves (Sink) ------------------------------------------------------------------------------------------
+
+    def output(self, rid: str, token_ids: list[int], finish: dict[str, Any] | None, meta: dict[str, Any] | None) -> None:
+        stream = self._streams.get(rid)
+        if stream is None:
+            return
+        peer = stream.peer
+        output = Output(rid, stream.sent, token_ids, finish, meta)
+        stream.sent += len(token_ids)
+        self._tokens += len(token_ids)
+        if finish is not None:
+            del self._streams[rid]
+            peer.rids.discard(rid)
+        older = peer.waiting.get(rid)
+        peer.waiting[rid] = output if older is None else merge(older, output)
+        if not peer.flushing:
+            # The rest of this engine step is delivered in this turn of the loop: send them together after it.
+            peer.flushing = True
+            self._loop.call_soon(self._flush, peer)
+
+    def failed(self, rid: str, code: Code, message: str) -> None:
+        stream = self._streams.pop(rid, None)
+        if stream is None:
+            return
+        peer = stream.peer
+        peer.rids.discard(rid)
+        waiting = peer.waiting.pop(rid, None)
+        if waiting is not None:
+            peer.sent += 1
+            self._send(peer.identity, Step(self._incarnation, peer.sent, [waiting]))
+        self._send(peer.identity, Failed(rid, code, message))
+
+    def kv_use(self, use: KvUse) -> None:
+        self._heart.publish(use)
+
+    def _flush(self, peer: Peer) -> None:
+        peer.flushing = False
+        if not peer.waiting:
+            return
+        if peer.sent - peer.taken >= WINDOW:
+            if peer.blocked_since is None:
+                peer.blocked_since = time.monotonic()
+            return
+        outputs = list(peer.waiting.values())
+        peer.waiting.clear()
+        peer.sent += 1
+        self._steps += 1
+        self._send(peer.identity, Step(self._incarnation, peer.sent, outputs))
+
+    def _send(self, identity: bytes, frame: FromEngine) -> None:
+        if self._socket is None:
+            return
+        try:
+            self._socket.send([identity, encode(frame)])
+        except zmq.ZMQError as error:
+            # EHOSTUNREACH: the peer is gone. EAGAIN can't happen within the window, so it counts as gone as well.
+            peer = self._peers.get(identity)
+            if peer is not None:
+                self._forget(peer, str(error))
+
+    # --- peers that go -----------------------------------------------------------------------------------------------
+
+    def _forget(self, peer: Peer, why: str) -> None:
+        """Drop a peer and abort what it left running."""
+        self._peers.pop(peer.identity, None)
+        rids, peer.rids = peer.rids, set()
+        peer.waiting.clear()
+        for rid in rids:
+            self._streams.pop(rid, None)
+            self._backend.abort(rid)
+        logging.info("peer %s is gone (%s), %d of its requests aborted", peer.name, why, len(rids))
+
+    def _watch_stalls(self) -> None:
+        now = time.monotonic()
+        for peer in list(self._peers.values()):
+            if peer.blocked_since is not None and now - peer.blocked_since > STALL_SECONDS:
+                logging.error("peer %s takes no tokens for %d s: cut off", peer.name, STALL_SECONDS)
+                for rid in list(peer.rids):
+                    self._backend.abort(rid)
+                    self._streams.pop(rid, None)
+                    self._send(peer.identity, Failed(rid, Code.STALLED, f"no token was taken for {STALL_SECONDS:.0f} s"))
+                peer.rids.clear()
+                peer.waiting.clear()
+                peer.blocked_since = None
+        self._watch = self._loop.call_later(1.0, self._watch_stalls)
