@@ -191,6 +191,8 @@ class Service:
         if finish is not None:
             del self._streams[rid]
             peer.rids.discard(rid)
+            if finish.get("type") == "abort":
+                logging.info("Aborted Request ID: %s after %d tokens", rid, stream.sent)
         older = peer.waiting.get(rid)
         peer.waiting[rid] = output if older is None else merge(older, output)
         if not peer.flushing:

@@ -112,7 +112,7 @@ class Bench:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(5):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - the condition is the test's own
                 await asyncio.sleep(0.002)
 
 

@@ -1,0 +1,165 @@
+"""A real node for tests and benchmarks: started by ``sgnode serve``, found by a marker, stopped, and proven gone.
+
+Every program of a node has SGNODE_RUNTIME_DIR in its environment: that is the marker.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SGNODE = str(Path(sys.executable).with_name("sgnode"))
+CPU = ["--max-total-tokens", "65536"]
+"""On top of `sgnode serve`'s own defaults for a host without a GPU."""
+
+
+class Deadline(AssertionError):
+    """A condition did not come true in time."""
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 30.0, every: float = 0.02) -> Any:
+    """Poll until the condition is true and return its value. Raises Deadline naming ``what``."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise Deadline(f"not within {seconds} s: {what}")
+        time.sleep(every)
+
+
+def marked_pids(runtime_dir: Path) -> list[int]:
+    """Processes, zombies aside, whose environment names this runtime directory."""
+    marker = f"SGNODE_RUNTIME_DIR={runtime_dir}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if marker in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def gone(pid: int) -> bool:
+    """True when the process has ended (a zombie has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+class Node:
+    """One node in a runtime directory of its own (short path: unix sockets end at 107 bytes)."""
+
+    def __init__(self, *arguments: str, name: str = "test", env: dict[str, str] | None = None) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="sgn-", dir="/tmp"))
+        self.runtime_dir = self.root / "run"
+        self.name = name
+        self.arguments = list(arguments)
+        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(self.root), **(env or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+        self.console = self.root / "console"
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def command(self) -> list[str]:
+        where = ["--name", self.name, "--runtime-dir", str(self.runtime_dir)]
+        ports = [] if "--http-port" in self.arguments else ["--http-port", "0"]
+        ports += [] if "--system-port" in self.arguments else ["--system-port", "0"]
+        return [SGNODE, "serve", *self.arguments, *where, *ports]
+
+    def start(self) -> "Node":
+        with self.console.open("wb") as out:
+            self.process = subprocess.Popen(
+                self.command(), env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            )
+        return self
+
+    def wait_ready(self, seconds: float = 120.0) -> "Node":
+        def ready() -> bool:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise AssertionError(f"sgnode serve ended with {self.process.returncode}\n{self.logs()}")
+            return bool(self.status().get("state") == "ready")
+
+        try:
+            wait_for("node ready", ready, seconds, every=0.1)
+        except Deadline as error:
+            raise AssertionError(f"{error}\n{json.dumps(self.status(), indent=1)}\n{self.logs()}") from error
+        return self
+
+    def terminate(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait_stopped(self, seconds: float = 30.0) -> int:
+        assert self.process is not None
+        return self.process.wait(seconds)
+
+    def close(self) -> None:
+        """End whatever is left, by marker, and remove the directory."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(10)
+        for _ in range(5):
+            for pid in marked_pids(self.runtime_dir):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def __enter__(self) -> "Node":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    # --- what it says ------------------------------------------------------------------------------------------------
+
+    def sgnode(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run another sgnode command on this node."""
+        command = [SGNODE, arguments[0], "--runtime-dir", str(self.runtime_dir), *arguments[1:]]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+
+    def status(self) -> dict[str, Any]:
+        """The status document, {} while there is none."""
+        done = self.sgnode("status", "--json")
+        try:
+            document: dict[str, Any] = json.loads(done.stdout)
+        except json.JSONDecodeError:
+            return {}
+        return document
+
+    def process_row(self, name: str) -> dict[str, Any]:
+        return next((row for row in self.status().get("processes", []) if row["name"] == name), {})
+
+    def pid(self, name: str) -> int:
+        return int(self.process_row(name).get("pid") or 0)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.status()['ports']['http']}"
+
+    @property
+    def system_url(self) -> str:
+        return f"http://127.0.0.1:{self.status()['ports']['system']}"
+
+    def logs(self, lines: int = 25) -> str:
+        """The end of every log, for a failing test's message."""
+        texts = []
+        for path in [self.console, *sorted((self.runtime_dir / "log").glob("*.log"))]:
+            if path.exists():
+                tail = path.read_text(errors="replace").splitlines()[-lines:]
+                texts.append(f"--- {path.name}\n" + "\n".join(tail))
+        return "\n".join(texts)
