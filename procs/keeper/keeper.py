@@ -1,0 +1,234 @@
+"""The keeper's loop: pidfds on every process of the engine, its death said at once, everything freed before the end."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import zmq
+
+from procs.keeper import child, leftovers, life, tree
+from procs.keeper.cgroup import Cgroup
+from shared.config import NodeConfig
+from shared.frames import Beat, Death, EngineState
+from shared.heart import Heart
+from shared.sockets import Decoder, LoopSocket, subscriber
+from shared.state import State
+
+SCAN_LOADING_SECONDS = 0.25
+SCAN_SECONDS = 1.0
+"""How often new processes of the engine are looked for: often while it loads, when its children appear."""
+LOADING_GRACE_SECONDS = 3.0
+"""From SIGTERM to SIGKILL for an engine that has nothing to drain yet."""
+REAP_MARGIN_SECONDS = 5.0
+"""Kept of supervisord's stopwaitsecs for killing and reaping what the engine left."""
+KILL_AGAIN_SECONDS = 0.05
+COMPLAIN_SECONDS = 5.0
+
+
+@dataclass
+class Watched:
+    """A live process of the engine."""
+
+    pidfd: int
+    title: str
+
+
+def keep(config: NodeConfig, command: Sequence[str], stop_wait: float) -> int:
+    """Start the engine and keep it until it ends; the exit code. ``stop_wait``: supervisord's stopwaitsecs for this program.
+
+    Raises OSError when the engine can't be started, TimeoutError when an earlier one can't be removed.
+    """
+    runtime_dir = config.path
+    child.become_subreaper()
+    cgroup = Cgroup.make(runtime_dir)
+    leftovers.clear(runtime_dir, cgroup)
+    own = life.begin(runtime_dir)
+    # A SIGTERM that comes while there is no handler yet waits for it: the engine must not be left behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    pid = child.start(command, {**os.environ, **own.environment(runtime_dir)}, cgroup)
+    logging.info("engine %d: pid %d%s", own.incarnation, pid, "" if cgroup is None else ", with its own cgroup")
+    try:
+        return asyncio.run(Keeper(config, own.incarnation, pid, cgroup, stop_wait).run())
+    finally:
+        if cgroup is not None:
+            cgroup.remove()
+        own.end()
+
+
+class Keeper:
+    """One engine's life, from its start to the last of its processes."""
+
+    def __init__(self, config: NodeConfig, incarnation: int, engine_pid: int, cgroup: Cgroup | None, stop_wait: float) -> None:
+        self._config = config
+        self._incarnation = incarnation
+        self._engine = engine_pid
+        self._cgroup = cgroup
+        self._stop_wait = stop_wait
+        self._watched: dict[int, Watched] = {}
+        self._statuses: dict[int, int] = {}
+        self._engine_gone = asyncio.Event()
+        self._stop_asked = asyncio.Event()
+        self._child_event = asyncio.Event()
+        self._childless = False
+        self._engine_state: str = State.STARTING
+        self._death: Death | None = None
+
+    async def run(self) -> int:
+        """Until nothing of the engine is left. 0 after a stop that was asked for, otherwise not 0."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop_asked.set)
+        loop.add_signal_handler(signal.SIGINT, self._stop_asked.set)
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+        self._watch(self._engine)
+        self._heart = Heart(self._config.path, "keeper", incarnation=self._incarnation)
+        self._heart.repeat = lambda: [] if self._death is None else [self._death]
+        self._heart.start()
+        self._heart.set(State.READY, info={"engine_pid": str(self._engine)})
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        decoder: Decoder[EngineState] = Decoder(EngineState, "engine")
+        states = LoopSocket(subscriber(context, self._config.path, ["engine"]), self._hear(decoder))
+        scanning = loop.create_task(self._scan())
+        try:
+            await self._either(self._engine_gone, self._stop_asked)
+            if not self._engine_gone.is_set():
+                await self._stop_engine()
+            scanning.cancel()
+            await self._clear()
+            return self._exit_code()
+        finally:
+            scanning.cancel()
+            states.close()
+            context.term()
+            self._heart.close()
+
+    @staticmethod
+    async def _either(*events: asyncio.Event) -> None:
+        tasks = [asyncio.ensure_future(event.wait()) for event in events]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+
+    def _hear(self, decoder: Decoder[EngineState]) -> Callable[[list[bytes]], None]:
+        def on_message(parts: list[bytes]) -> None:
+            frame = decoder.decode(parts[0])
+            if isinstance(frame, Beat) and frame.incarnation == self._incarnation:
+                self._engine_state = frame.state
+
+        return on_message
+
+    # --- watching ---
+
+    def _watch(self, pid: int) -> None:
+        known = self._watched.get(pid)
+        if known is not None:
+            known.title = tree.title(pid) or known.title
+            return
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:  # gone already
+            if pid == self._engine:
+                self._ended(pid)
+            return
+        self._watched[pid] = Watched(pidfd, tree.title(pid))
+        asyncio.get_running_loop().add_reader(pidfd, self._ended, pid)
+
+    async def _scan(self) -> None:
+        while True:
+            for pid in tree.descendants(os.getpid()):
+                self._watch(pid)
+            loading = self._engine_state in (State.STARTING, State.LOADING, State.WARMING)
+            await asyncio.sleep(SCAN_LOADING_SECONDS if loading else SCAN_SECONDS)
+
+    def _ended(self, pid: int) -> None:
+        """A watched process is dead (its pidfd is readable)."""
+        watched = self._watched.pop(pid, None)
+        if watched is not None:
+            asyncio.get_running_loop().remove_reader(watched.pidfd)
+            os.close(watched.pidfd)
+        # The title may be newer than the last look at it; a zombie still has the beginning.
+        names = (watched.title if watched else "", tree.title(pid))
+        who = "engine" if pid == self._engine else next((who for name in names if (who := tree.essential(name))), None)
+        if who is not None and self._death is None and not self._stop_asked.is_set():
+            self._say_death(who, pid, names[0])
+        if pid == self._engine:
+            self._engine_gone.set()
+
+    def _say_death(self, who: str, pid: int, name: str) -> None:
+        """Say it, then kill the rest: the frame is on its way before anything else is done."""
+        status = self._statuses.get(pid, tree.zombie_status(pid))
+        label = f"{who} {name}" if who != "engine" and name else who
+        reason = f"{label} (pid {pid}) {'ended' if status is None else tree.how(status)}"
+        self._death = Death(self._incarnation, who, pid, reason, time.time())
+        self._heart.publish(self._death)
+        self._kill_all()
+        self._heart.set(State.FAILED, reason)
+        logging.error("engine %d is dead: %s", self._incarnation, reason)
+
+    # --- ending ---
+
+    async def _stop_engine(self) -> None:
+        """SIGTERM to the engine alone, then its time; whatever happens it is dead afterwards."""
+        loading = self._engine_state in (State.STARTING, State.LOADING)
+        grace = LOADING_GRACE_SECONDS if loading else max(1.0, self._stop_wait - REAP_MARGIN_SECONDS)
+        logging.info("stopping the engine (%s), at most %.0f s", self._engine_state, grace)
+        self._heart.set(State.DRAINING, "the engine is stopping")
+        watched = self._watched.get(self._engine)
+        if watched is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(watched.pidfd, signal.SIGTERM)
+        try:
+            async with asyncio.timeout(grace):
+                await self._engine_gone.wait()
+        except TimeoutError:
+            logging.warning("the engine did not stop in %.0f s and is killed", grace)
+
+    def _kill_all(self) -> None:
+        if self._cgroup is not None:
+            self._cgroup.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._engine, signal.SIGKILL)
+        # Also with a cgroup: entering it may have failed.
+        for pid in tree.descendants(os.getpid()):
+            tree.kill(pid)
+
+    def _reap(self) -> None:
+        """Take every dead child; ``_childless`` when there is none at all any more."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                self._childless = True
+                break
+            if pid == 0:
+                break
+            self._statuses[pid] = status
+        self._child_event.set()
+
+    async def _clear(self) -> None:
+        """Kill and reap until nothing is left. No deadline: an exit before that would start an engine beside this one."""
+        complain = time.monotonic() + COMPLAIN_SECONDS
+        self._reap()
+        while not self._childless:
+            self._kill_all()
+            self._child_event.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(KILL_AGAIN_SECONDS):
+                    await self._child_event.wait()
+            if time.monotonic() > complain:
+                complain += COMPLAIN_SECONDS
+                logging.warning("still waiting for the end of %s", tree.descendants(os.getpid()))
+        if self._death is None:
+            self._heart.set(State.STOPPED, "")
+        logging.info("engine %d: nothing of it is left", self._incarnation)
+
+    def _exit_code(self) -> int:
+        if self._death is None:
+            return 0
+        status = self._statuses.get(self._engine, 0)
+        return os.WEXITSTATUS(status) or 1 if os.WIFEXITED(status) else 1

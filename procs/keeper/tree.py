@@ -1,0 +1,79 @@
+"""The engine's process tree as /proc shows it: who is in it, who is essential, how one ended."""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+ESSENTIAL = {
+    "sglang::schedul": "scheduler",
+    "sglang::detoken": "detokenizer",
+    "sglang::data_pa": "data parallel controller",
+    "sglang::tokeniz": "tokenizer worker",
+    "sgnode::child": "child",
+}
+"""Beginning of a title (15 bytes: what the kernel keeps of it in comm) -> who that is. Without any of them the engine is dead.
+
+Titles of SGLang 0.5.16 and 0.5.23: ``sglang::scheduler_TP0``, ``sglang::detokenizer``, ``sglang::data_parallel_controller``.
+"""
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def children(pid: int) -> list[int]:
+    """Direct children, of each of its threads."""
+    found: list[int] = []
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for task in tasks:
+        found.extend(int(child) for child in _read(pid, f"task/{task}/children").split())
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """All below a process, zombies too, parents before their children."""
+    found: list[int] = []
+    todo = children(pid)
+    while todo:
+        child = todo.pop(0)
+        found.append(child)
+        todo.extend(children(child))
+    return found
+
+
+def title(pid: int) -> str:
+    """What the process calls itself; of a zombie only its first 15 bytes are left."""
+    return _read(pid, "cmdline").replace("\0", " ").strip() or _read(pid, "comm").strip()
+
+
+def essential(name: str) -> str | None:
+    """Who a title stands for, if the engine can't live without it."""
+    return next((who for start, who in ESSENTIAL.items() if name.startswith(start)), None)
+
+
+def how(status: int) -> str:
+    """A wait status in words."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(number).name}"
+        return f"killed by signal {number}"
+    return f"exited with code {os.waitstatus_to_exitcode(status)}"
+
+
+def zombie_status(pid: int) -> int | None:
+    """Wait status of a dead process that is another's child, while it is not reaped (proc(5): stat, last field)."""
+    fields = _read(pid, "stat").rpartition(")")[2].split()
+    return int(fields[-1]) if fields and fields[0] in ("Z", "X") else None
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,74 @@
+"""What supervisord runs for each program: narrows the environment to what the program may have, then becomes it.
+
+``python -m procs.launch PROGRAM [INDEX]``; PROGRAM is a section of supervisor.conf, INDEX an agent's number.
+"""
+
+import os
+import sys
+
+from shared.config import RUNTIME_DIR_VARIABLE, NodeConfig, load
+from shared.environment import BY_PROGRAM, allowed
+from shared.errors import NodeError
+
+MODULES = {"engine": "procs.keeper", "frontend": "dynamo.frontend"}
+"""Programs whose module is not ``procs.NAME``: the engine is started by its keeper, the frontend is Dynamo's."""
+
+LOOPBACK = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST")
+"""Where Dynamo's runtime listens (or what it advertises). Unset, it takes the host's outward address."""
+
+
+def command(program: str, index: int | None, config: NodeConfig) -> list[str]:
+    """Arguments of a program, the interpreter first."""
+    argv = [sys.executable, "-m", MODULES.get(program, f"procs.{program}")]
+    if program == "agent":
+        argv.append(str(index or 0))
+    if program == "frontend":
+        dynamo = config.dynamo
+        argv += ["--http-host", config.http_host, "--http-port", str(config.http_port)]
+        argv += ["--discovery-backend", dynamo.discovery_backend, "--request-plane", dynamo.request_plane]
+        if dynamo.response_plane:
+            argv += ["--response-plane", dynamo.response_plane]
+        if dynamo.event_plane:
+            argv += ["--event-plane", dynamo.event_plane]
+    return argv
+
+
+def environment(program: str, environ: dict[str, str], config: NodeConfig) -> dict[str, str]:
+    """The environment of a program, from supervisord's."""
+    result = allowed(program, environ)
+    if program in ("agent", "frontend"):
+        # The system port is the prober's: Dynamo's runtime in each of these would bind it too.
+        result.pop("DYN_SYSTEM_PORT", None)
+        if config.dynamo.discovery_backend == "file":
+            # One machine: nothing needs to listen wider. In a cluster the others must reach us, so Dynamo's default stays.
+            for name in LOOPBACK:
+                result.setdefault(name, "127.0.0.1")
+    if program == "agent":
+        # Any free loopback port; the relay scrapes it.
+        result["DYN_SYSTEM_PORT"] = "0"
+        result["DYN_SYSTEM_HOST"] = "127.0.0.1"
+    # The mark of an engine's processes (procs/keeper/life.py): inherited from outside it would make all of us its leftovers.
+    result.pop("SGNODE_INCARNATION", None)
+    result[RUNTIME_DIR_VARIABLE] = config.runtime_dir
+    return result
+
+
+def main(argv: list[str]) -> int:
+    """Become the program. Returns (exit code 2) only for a wrong call."""
+    try:
+        if not 1 <= len(argv) <= 2 or argv[0] not in BY_PROGRAM or argv[0] == "supervisord":
+            raise NodeError(f"usage: python -m procs.launch PROGRAM [INDEX]; got {argv}")
+        program, index = argv[0], int(argv[1]) if len(argv) == 2 else None
+        config = load()
+    except (NodeError, ValueError) as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return 2
+    # Sockets and files of the node are its user's only; supervisord 4.3 sets its umask only when it daemonizes.
+    os.umask(0o077)
+    args = command(program, index, config)
+    os.execve(args[0], args, environment(program, dict(os.environ), config))
+    return 0  # not reached: execve does not return
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,80 @@
+"""The node's status as text: one pure function from the status document, for `sgnode status` and `supervisorctl node`."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+HEADINGS = ("PROCESS", "PID", "STATE", "UPTIME", "RESTARTS", "RSS", "DETAIL")
+LEFT = {"PROCESS", "STATE", "DETAIL"}
+
+
+def span(seconds: float) -> str:
+    """A duration in seconds in at most two units: ``9s``, ``4m10s``, ``3h05m``, ``2d07h``."""
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def render(document: Mapping[str, Any], now: float | None = None) -> str:
+    """The status document as a table, without a trailing newline. ``now``: UNIX seconds. Missing keys read as empty."""
+    now = time.time() if now is None else now
+    lines = [_headline(document, now)]
+    if document.get("reason"):
+        lines.append(f"  {document['reason']}")
+    if document.get("waiting_for"):
+        lines.append(f"  waiting for {document['waiting_for']}")
+    lines.append("  " + "   ".join(_facts(document)))
+    lines.append("")
+    lines.extend(_columns([HEADINGS, *(_row(process) for process in document.get("processes", ()))]))
+    return "\n".join(lines)
+
+
+def _headline(document: Mapping[str, Any], now: float) -> str:
+    since = document.get("since")
+    age = f" for {span(now - since)}" if since else ""
+    return f"node {document.get('name', '?')}: {document.get('state', '?')}{age}"
+
+
+def _facts(document: Mapping[str, Any]) -> list[str]:
+    ports = document.get("ports") or {}
+    facts = [f"{name} port {port}" for name, port in ports.items() if port]
+    facts.append(f"registered {'yes' if document.get('registered') else 'no'}")
+    facts.append(f"in flight {document.get('inflight', 0)}")
+    facts.append(f"incarnation {document.get('incarnation', 0)}")
+    if document.get("epoch"):
+        facts.append(f"epoch {document['epoch']}")
+    facts.append(f"{document.get('role', '?')}, rank {document.get('node_rank', 0)}, sgnode {document.get('version', '?')}")
+    return facts
+
+
+def _row(process: Mapping[str, Any]) -> tuple[str, ...]:
+    uptime, rss = process.get("uptime_s"), process.get("rss_mb")
+    detail = process.get("detail") or ""
+    if process.get("waiting_for"):
+        detail = f"{detail}; " if detail else detail
+        detail += f"waiting for {process['waiting_for']}"
+    return (
+        str(process.get("name", "?")),
+        str(process.get("pid") or "-"),
+        str(process.get("state", "?")),
+        "-" if uptime is None else span(uptime),
+        str(process.get("restarts") or 0),
+        "-" if rss is None else f"{rss:.0f} MB",
+        detail,
+    )
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
+    return [
+        "  ".join(
+            cell.ljust(width) if heading in LEFT else cell.rjust(width)
+            for cell, width, heading in zip(row, widths, HEADINGS, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
