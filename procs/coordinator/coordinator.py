@@ -1,0 +1,219 @@
+"""The coordinator's loop: hears every process, decides, starts the engine, reports to supervisord's plugin."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import logging
+import signal
+import socket
+import time
+import xmlrpc.client
+from typing import Any
+
+import msgspec
+import zmq
+
+from procs.coordinator import document
+from procs.coordinator.conditions import Condition, waiting_for
+from procs.coordinator.engine import EngineProgram
+from procs.coordinator.node import Facts, NodeState, node_state
+from procs.coordinator.restart import RestartPolicy
+from shared import supervisord
+from shared.config import EVENTS_SOCKET, NodeConfig
+from shared.frames import AnyState, Beat, Death, Intent, ProcessChange, Verdict
+from shared.heart import Heart
+from shared.sockets import Decoder, LoopSocket, subscriber
+from shared.state import Board, State
+
+REPORT_SECONDS = 1.0
+"""A status report at least so often; the plugin calls an older one stale."""
+SETTLE_SECONDS = 0.02
+"""Changes come in bursts (a death moves five states): one report for all."""
+RPC_SECONDS = 3.0
+"""supervisord answers within milliseconds, or it is gone."""
+READY_STATES = (State.READY, State.DRAINING, State.DRAINED)
+"""With one of these the engine has had a good life so far."""
+CALL_ERRORS = (OSError, http.client.HTTPException, xmlrpc.client.Error)
+
+
+class Coordinator:
+    """One node's coordinator. Its death costs nothing: the next one asks supervisord and hears the beats again."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self._config = config
+        self._board = Board()
+        self._program = EngineProgram(RestartPolicy())
+        self._conditions: list[Condition] = []
+        self._verdict: Verdict | None = None
+        self._death: Death | None = None
+        self._intent = Intent("serve", time.time(), "")
+        self._node = NodeState(State.STARTING)
+        self._since = time.time()
+        self._changed = asyncio.Event()
+        self._end = asyncio.Event()
+        self._silent = False
+
+    async def run(self) -> None:
+        """Until SIGTERM."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._end.set)
+        loop.add_signal_handler(signal.SIGINT, self._end.set)
+        self._heart = Heart(self._config.path, "coordinator")
+        self._heart.repeat = lambda: [self._intent]
+        self._heart.start()
+        self._heart.set(State.READY)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._states: Decoder[AnyState] = Decoder(AnyState, "node state")
+        others = [name for name in self._config.processes if name != "coordinator"]
+        states = LoopSocket(subscriber(context, self._config.path, others), self._on_state)
+        hints = self._hint_socket()
+        self._hints: Decoder[ProcessChange] = Decoder(ProcessChange, "supervisord's hints")
+        loop.add_reader(hints.fileno(), self._on_hint, hints)
+        working = loop.create_task(self._work())
+        ending = loop.create_task(self._end.wait())
+        try:
+            await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()  # a defect: end with its traceback, supervisord starts a new one
+        finally:
+            working.cancel()
+            ending.cancel()
+            loop.remove_reader(hints.fileno())
+            hints.close()
+            states.close()
+            context.term()
+            self._heart.set(State.STOPPED)
+            self._heart.close()
+
+    def _hint_socket(self) -> socket.socket:
+        path = self._config.path / EVENTS_SOCKET
+        path.unlink(missing_ok=True)
+        hints = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        hints.bind(str(path))
+        return hints
+
+    # --- hearing ---
+
+    def _on_state(self, parts: list[bytes]) -> None:
+        frame = self._states.decode(parts[0])
+        if isinstance(frame, Beat):
+            old = self._board.heard.get(frame.process)
+            was = None if old is None else (old.beat.waiting_for, old.beat.numbers.get("registered"))
+            news = self._board.hear(frame) or was != (frame.waiting_for, frame.numbers.get("registered"))
+        elif isinstance(frame, Death):
+            news = self._death is None or self._death.incarnation != frame.incarnation
+            self._death = frame
+        elif isinstance(frame, Verdict):
+            news = self._verdict != frame
+            self._verdict = frame
+        else:
+            return
+        if news:
+            self._changed.set()
+
+    def _on_hint(self, hints: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                change = self._hints.decode(hints.recv(4096))
+                if change is not None and change.process == "supervisord":
+                    self._want("stop", "supervisord is stopping the node")
+                elif change is not None and change.process == "engine":
+                    self._program.state = change.state  # the only word on it while supervisord stops
+                self._changed.set()
+
+    def _want(self, want: str, reason: str) -> None:
+        if self._intent.want != want:
+            logging.info("the node shall %s: %s", want, reason)
+            self._intent = Intent(want, time.time(), reason)
+            self._heart.publish(self._intent)
+            self._changed.set()
+
+    # --- deciding ---
+
+    async def _work(self) -> None:
+        while True:
+            self._changed.clear()
+            try:
+                await self._look_at_engine()
+                await self._report()
+                self._silent = False
+            except CALL_ERRORS as error:
+                if not self._silent:
+                    logging.warning("supervisord does not answer: %s", error)
+                self._silent = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._pause()):
+                    await self._changed.wait()
+                    await asyncio.sleep(SETTLE_SECONDS)
+
+    def _pause(self) -> float:
+        at = self._program.restart_at
+        return REPORT_SECONDS if at is None else max(0.01, min(REPORT_SECONDS, at - time.monotonic()))
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        return await asyncio.to_thread(supervisord.call, self._config.path, method, *args, timeout=RPC_SECONDS)
+
+    async def _look_at_engine(self) -> None:
+        if self._intent.want == "stop":
+            return
+        try:
+            info = await self._call("supervisor.getProcessInfo", "engine")
+            if node_state(self._facts()).state in READY_STATES:
+                self._program.policy.ready(time.monotonic())
+            due = self._program.look(info, time.monotonic(), self._death.reason if self._death else "")
+            if due and not waiting_for(self._conditions):
+                self._program.starting()
+                # What is still on the board belongs to the life before.
+                self._board.forget("engine")
+                self._board.forget("keeper")
+                self._death = None
+                await self._call("supervisor.startProcess", "engine", False)
+                self._program.look(await self._call("supervisor.getProcessInfo", "engine"), time.monotonic(), "")
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode == supervisord.SHUTDOWN_STATE:
+                self._want("stop", "supervisord is stopping the node")
+            elif fault.faultCode != supervisord.ALREADY_STARTED:
+                logging.warning("starting the engine: %s", fault.faultString)
+
+    # --- saying ---
+
+    def _facts(self) -> Facts:
+        keeper, engine = self._board.beat("keeper"), self._board.beat("engine")
+        incarnation = keeper.incarnation if keeper else 0
+        heard = self._board.heard.get("engine")
+        lost = engine is None and heard is not None and heard.beat.incarnation == incarnation
+        death = self._death
+        if engine is not None and engine.incarnation < incarnation:
+            engine = None
+        if death is not None and keeper is not None and death.incarnation < incarnation:
+            death = None
+        at = self._program.restart_at
+        return Facts(
+            want=self._intent.want,
+            program=self._program.state,
+            started=self._program.started,
+            condition=waiting_for(self._conditions),
+            restart_in=None if at is None else at - time.monotonic(),
+            failed=self._program.failed,
+            death=death.reason if death else "",
+            engine=engine,
+            engine_lost=lost,
+            verdict=self._verdict,
+            agents=[beat for name in self._config.agent_names if (beat := self._board.beat(name)) is not None],
+            needs_agents=bool(self._config.agent_names),
+        )
+
+    async def _report(self) -> None:
+        facts = self._facts()
+        node = node_state(facts)
+        if node.state != self._node.state:
+            logging.info("node: %s -> %s%s", self._node.state, node.state, f" ({node.reason})" if node.reason else "")
+            self._since = time.time()
+        self._node = node
+        self._board.hear(msgspec.structs.replace(self._heart.beat, since=self._since))
+        keeper = self._board.heard.get("keeper")
+        incarnation = keeper.beat.incarnation if keeper else 0
+        status = document.build(self._config, self._board, facts, node, since=self._since, incarnation=incarnation)
+        if not await self._call("sgnode.update", json.dumps(status)):
+            self._want("stop", "supervisord is stopping the node")

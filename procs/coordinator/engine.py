@@ -1,0 +1,60 @@
+"""The life of the program ``engine`` under supervisord: when it is started, and when no more (pure, but for its log lines)."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from procs.coordinator.node import ALIVE
+from procs.coordinator.restart import LOOP_DEATHS, LOOP_SECONDS, RestartPolicy
+
+
+@dataclass
+class EngineProgram:
+    """Fed with supervisord's process info, says whether to start the engine now. Times: seconds of one monotonic clock."""
+
+    policy: RestartPolicy
+    state: str = ""
+    started: bool = False
+    failed: str = ""
+    restart_at: float | None = None
+    _pid: int = 0
+    _ours: bool = False
+
+    def look(self, info: dict[str, Any], now: float, death: str) -> bool:
+        """Take ``supervisor.getProcessInfo``'s answer. True when the engine should be started, conditions permitting.
+
+        ``death``: what is known about why it died, for the words of a final failure.
+        """
+        self.state = str(info["statename"])
+        self.started = bool(info["start"])
+        if self.state in ALIVE:
+            if info["pid"] != self._pid:
+                self._new_life(int(info["pid"]))
+            return False
+        if self.state == "STOPPED":
+            # Stopped by a person, who starts it again; or never started, which is for us.
+            self._pid, self.restart_at = 0, None
+            return not self.started
+        if self.restart_at is None and not self.failed:
+            self._died(now, death or str(info.get("spawnerr") or f"the keeper exited with code {info.get('exitstatus')}"))
+        return self.restart_at is not None and now >= self.restart_at
+
+    def starting(self) -> None:
+        """We are about to start it. One that is dead at the next look has died once more."""
+        self._ours, self.restart_at = True, None
+
+    def _new_life(self, pid: int) -> None:
+        if not self._ours and self._pid == 0 and (self.failed or self.restart_at is not None):
+            logging.info("the engine was started by hand: earlier deaths are forgotten")
+            self.policy.reset()
+        self._pid, self._ours, self.failed, self.restart_at = pid, False, "", None
+
+    def _died(self, now: float, why: str) -> None:
+        self._pid = 0
+        delay = self.policy.died(now)
+        if delay is None:
+            self.failed = f"crash loop: {LOOP_DEATHS} deaths of the engine within {LOOP_SECONDS / 60:.0f} min; the last: {why}"
+            logging.error("%s", self.failed)
+        else:
+            self.restart_at = now + delay
+            logging.warning("the engine died (%s), next start in %.0f s", why, delay)

@@ -1,0 +1,125 @@
+"""The node's state, from what its processes say and what is wanted of it (pure)."""
+
+from dataclasses import dataclass, field
+
+from shared.frames import Beat, Verdict
+from shared.state import LOST, State
+
+ALIVE = ("STARTING", "RUNNING", "STOPPING")
+"""supervisord's states in which the keeper exists."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known at one moment. Beats are fresh ones, None for a process that is lost or was never heard."""
+
+    want: str = "serve"
+    """``serve``, ``drain`` or ``stop``."""
+    program: str = ""
+    """supervisord's state of the program ``engine``; empty before the first answer."""
+    started: bool = False
+    """The engine was started at least once in this life of supervisord."""
+    condition: str = ""
+    """What its start waits for."""
+    restart_in: float | None = None
+    """Seconds to the next start after a death."""
+    failed: str = ""
+    """Why the engine is not started any more."""
+    death: str = ""
+    """Why the engine of the newest incarnation is dead."""
+    engine: Beat | None = None
+    engine_lost: bool = False
+    """It was heard in this life of the keeper, and is not any more."""
+    verdict: Verdict | None = None
+    agents: list[Beat] = field(default_factory=list)
+    needs_agents: bool = True
+    """False on a follower: it has no agents and no canaries."""
+
+    @property
+    def registered(self) -> bool:
+        return any(agent.numbers.get("registered") for agent in self.agents)
+
+    @property
+    def inflight(self) -> int:
+        return 0 if self.engine is None else int(self.engine.numbers.get("inflight", 0))
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """A state with its reason and what has to happen before it can change."""
+
+    state: State
+    reason: str = ""
+    waiting_for: str = ""
+
+
+def node_state(facts: Facts) -> NodeState:
+    """The node's state. ``ready`` only with a ready engine, a healthy verdict on it and a registered agent."""
+    alive = facts.program in ALIVE
+    if facts.want == "stop":
+        return _stopping(facts, alive)
+    if facts.failed:
+        return NodeState(State.FAILED, facts.failed, "`sgnode restart engine`")
+    if not alive or facts.death:
+        return _without_engine(facts)
+    if facts.program == "STOPPING":
+        return NodeState(State.STOPPED, "the engine is being stopped", "the engine's end")
+    if facts.engine is None:
+        if facts.engine_lost:
+            return NodeState(State.UNHEALTHY, "the engine's process lives but says nothing", "the engine")
+        return NodeState(State.STARTING, "the engine's process is starting", "the engine")
+    if facts.engine.state != State.READY:
+        return _engine_says(facts.engine)
+    return _with_ready_engine(facts, facts.engine)
+
+
+def _stopping(facts: Facts, alive: bool) -> NodeState:
+    if not alive:
+        return NodeState(State.STOPPED, "the node is stopping")
+    return NodeState(State.DRAINING, "the node is stopping", _streams(facts) or "the processes' end")
+
+
+def _streams(facts: Facts) -> str:
+    count = facts.inflight
+    return "" if not count else f"{count} running stream{'s' if count > 1 else ''}"
+
+
+def _without_engine(facts: Facts) -> NodeState:
+    if facts.program in ("", "STOPPED") and not facts.started:
+        if facts.condition:
+            return NodeState(State.WAITING, "the engine may not start yet", facts.condition)
+        return NodeState(State.STARTING, "", "the engine's start")
+    if facts.program == "STOPPED":
+        return NodeState(State.STOPPED, "the engine was stopped", "`sgnode restart engine`")
+    reason = facts.death or "the engine is gone"
+    if facts.condition:
+        return NodeState(State.WAITING, reason, facts.condition)
+    if facts.restart_in is not None:
+        return NodeState(State.STARTING, reason, f"the next start in {max(0.0, facts.restart_in):.0f} s")
+    return NodeState(State.STARTING, reason, "the end of what the engine left")
+
+
+def _engine_says(engine: Beat) -> NodeState:
+    try:
+        state = State(engine.state)
+    except ValueError:
+        state = State.UNHEALTHY if engine.state == LOST else State.STARTING
+    return NodeState(state, engine.detail, engine.waiting_for or ("" if state == State.FAILED else "the engine"))
+
+
+def _with_ready_engine(facts: Facts, engine: Beat) -> NodeState:
+    if facts.want == "drain":
+        if facts.registered or facts.inflight:
+            return NodeState(State.DRAINING, "asked to drain", _streams(facts) or "withdrawal from discovery")
+        return NodeState(State.DRAINED, "asked to drain", "`sgnode resume`")
+    if not facts.needs_agents:
+        return NodeState(State.READY)
+    verdict = facts.verdict
+    if verdict is None or verdict.incarnation != engine.incarnation:
+        return NodeState(State.WARMING, "the engine is ready", "the prober's first canary")
+    if not verdict.healthy:
+        return NodeState(State.UNHEALTHY, verdict.reason, "a canary that succeeds")
+    if not facts.registered:
+        waiting = next((agent.waiting_for for agent in facts.agents if agent.waiting_for), "")
+        return NodeState(State.WARMING, "the engine is ready and healthy", waiting or "an agent's registration with Dynamo")
+    return NodeState(State.READY)

@@ -1,0 +1,147 @@
+"""The coordinator's pure rooms: restart policy, the engine program's life, the node's state, the status document."""
+
+from typing import Any
+
+import pytest
+
+from procs.coordinator import conditions, document
+from procs.coordinator.engine import EngineProgram
+from procs.coordinator.node import Facts, NodeState, node_state
+from procs.coordinator.restart import RestartPolicy
+from shared.config import NodeConfig
+from shared.frames import Beat, Verdict
+from shared.state import Board, State
+
+
+def beat(process: str, state: str = "ready", *, incarnation: int = 1, waiting_for: str = "", **numbers: float) -> Beat:
+    return Beat(process, 7, state, "", 0.0, waiting_for, incarnation, 0, numbers)
+
+
+HEALTHY = Verdict(1, True, "")
+
+
+def facts(**changes: Any) -> Facts:
+    ready: dict[str, Any] = {
+        "program": "RUNNING",
+        "started": True,
+        "engine": beat("engine", inflight=2),
+        "verdict": HEALTHY,
+        "agents": [beat("agent:0", registered=1)],
+    }
+    return Facts(**(ready | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "waiting_for"),
+    [
+        ({}, "ready", ""),
+        ({"program": "", "started": False, "engine": None}, "starting", "start"),
+        ({"program": "STOPPED", "started": False, "engine": None, "condition": "rank 0"}, "waiting", "rank 0"),
+        ({"program": "STOPPED", "engine": None}, "stopped", "restart"),
+        ({"program": "STOPPING"}, "stopped", "end"),
+        ({"engine": None}, "starting", "engine"),
+        ({"engine": None, "engine_lost": True}, "unhealthy", "engine"),
+        ({"engine": beat("engine", "loading")}, "loading", "engine"),
+        ({"engine": beat("engine", "warming", waiting_for="graphs")}, "warming", "graphs"),
+        ({"engine": beat("engine", "dreaming")}, "starting", "engine"),
+        ({"verdict": None}, "warming", "canary"),
+        ({"verdict": Verdict(0, True, "")}, "warming", "canary"),
+        ({"verdict": Verdict(1, False, "no token")}, "unhealthy", "canary"),
+        ({"agents": []}, "warming", "registration"),
+        ({"agents": [beat("agent:0", waiting_for="discovery")]}, "warming", "discovery"),
+        ({"agents": [beat("agent:0"), beat("agent:1", registered=1)]}, "ready", ""),
+        ({"agents": [], "verdict": None, "needs_agents": False}, "ready", ""),
+        ({"want": "drain"}, "draining", "2 running streams"),
+        ({"want": "drain", "agents": [], "engine": beat("engine")}, "drained", "resume"),
+        ({"want": "stop"}, "draining", "2 running streams"),
+        ({"want": "stop", "program": "STOPPED"}, "stopped", ""),
+        ({"failed": "crash loop", "program": "EXITED"}, "failed", "restart"),
+        ({"death": "scheduler killed"}, "starting", "left"),
+        ({"death": "scheduler killed", "program": "EXITED", "restart_in": 3.6}, "starting", "4 s"),
+        ({"program": "EXITED", "restart_in": 1.0, "condition": "rank 0"}, "waiting", "rank 0"),
+    ],
+)
+def test_node_state(changes: dict[str, Any], state: str, waiting_for: str) -> None:
+    node = node_state(facts(**changes))
+    assert node.state == state
+    assert waiting_for in node.waiting_for
+    assert (node.state == State.READY) == (node.waiting_for == "") or node.state == State.STOPPED
+
+
+def test_the_first_unmet_condition_is_named() -> None:
+    assert conditions.waiting_for([]) == ""
+    assert conditions.waiting_for([lambda: None, lambda: "a", lambda: "b"]) == "a"
+
+
+def test_back_off_grows_and_a_good_life_resets_it() -> None:
+    policy = RestartPolicy()
+    now, delays = 0.0, []
+    for _ in range(8):
+        now += 200
+        delays.append(policy.died(now))
+    assert delays == [1, 2, 4, 8, 16, 32, 60, 60]
+    policy.ready(now)
+    policy.ready(now + 250)
+    assert policy.died(now + 299) == 60
+    policy.ready(now + 400)
+    assert policy.died(now + 700) == 1
+
+
+def test_five_deaths_in_ten_minutes_are_a_crash_loop() -> None:
+    policy = RestartPolicy()
+    assert [policy.died(now) for now in (0.0, 10.0, 20.0, 601.0, 602.0)] == [1, 2, 4, 8, 16]
+    assert policy.died(603.0) is None
+    policy.reset()
+    assert policy.died(605.0) == 1
+
+
+def info(state: str, pid: int = 0, start: int = 100, exitstatus: int = 1) -> dict[str, Any]:
+    return {"statename": state, "pid": pid, "start": start, "exitstatus": exitstatus, "spawnerr": ""}
+
+
+def test_the_engine_is_started_once_and_again_after_its_back_off() -> None:
+    program = EngineProgram(RestartPolicy())
+    assert program.look(info("STOPPED", start=0), 0.0, "")
+    program.starting()
+    assert not program.look(info("RUNNING", 5), 0.1, "")
+    assert not program.look(info("EXITED"), 10.0, "scheduler killed")
+    assert program.restart_at == 11.0
+    assert not program.look(info("EXITED"), 10.5, "")
+    assert program.look(info("EXITED"), 11.0, "")
+    program.starting()
+    # Dead before anybody looked: that is a second death, not a reason to start at once.
+    assert not program.look(info("EXITED"), 11.1, "")
+    assert program.restart_at == pytest.approx(13.1)
+
+
+def test_a_person_may_stop_the_engine_and_end_a_crash_loop() -> None:
+    program = EngineProgram(RestartPolicy())
+    assert not program.look(info("RUNNING", 5), 0.0, "")
+    assert not program.look(info("STOPPED"), 1.0, "")
+    assert not program.look(info("STOPPED"), 99.0, "")
+    for now in range(5):
+        program.look(info("RUNNING", 10 + now), 100.0 + now, "")
+        program.look(info("EXITED"), 100.5 + now, "boom")
+        if program.restart_at is not None:
+            program.starting()
+    assert "boom" in program.failed
+    assert not program.look(info("EXITED"), 9999.0, "")
+    program.look(info("RUNNING", 77), 10000.0, "")
+    assert program.failed == ""
+    program.look(info("EXITED"), 10001.0, "")
+    assert program.restart_at == 10002.0
+
+
+def test_document_has_a_row_for_each_process() -> None:
+    config = NodeConfig(
+        name="n", runtime_dir="/r", version="1", role="aggregated", model_path="m", served_model_name="m", agents=2, frontend=True
+    )
+    board = Board()
+    board.hear(beat("agent:0", registered=1))
+    made = document.build(config, board, facts(), NodeState(State.READY), since=1.0, incarnation=3)
+    assert [row["name"] for row in made["processes"]] == [
+        "coordinator", "relay", "keeper", "engine", "prober", "agent:0", "agent:1", "frontend",
+    ]  # fmt: skip
+    assert made["processes"][5]["pid"] == 7
+    assert (made["registered"], made["inflight"], made["incarnation"]) == (True, 2, 3)
+    assert set(made) >= {"name", "version", "role", "node_rank", "state", "reason", "since", "epoch", "ports"}
