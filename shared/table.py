@@ -28,6 +28,8 @@ def render(document: Mapping[str, Any], now: float | None = None) -> str:
         lines.append(f"  {document['reason']}")
     if document.get("waiting_for"):
         lines.append(f"  waiting for {document['waiting_for']}")
+    if document.get("stale_s"):
+        lines.append(f"  as of {span(document['stale_s'])} ago: the coordinator is not reporting")
     lines.append("  " + "   ".join(_facts(document)))
     lines.append("")
     lines.extend(_columns([HEADINGS, *(_row(process) for process in document.get("processes", ()))]))

@@ -28,6 +28,8 @@ from shared.state import Board, State
 
 REPORT_SECONDS = 1.0
 """A status report at least so often; the plugin calls an older one stale."""
+ADOPT_SECONDS = 1.5
+"""Three beats: who has not been heard by then is silent."""
 SETTLE_SECONDS = 0.02
 """Changes come in bursts (a death moves five states): one report for all."""
 RPC_SECONDS = 3.0
@@ -131,7 +133,25 @@ class Coordinator:
 
     # --- deciding ---
 
+    async def _adopt(self) -> None:
+        """Go on where an earlier life of this process was killed: its last word is with the plugin.
+
+        The node's state would otherwise flap until each process has been heard again.
+        """
+        with contextlib.suppress(*CALL_ERRORS):
+            last = json.loads(await self._call("sgnode.node"))
+            self._node, self._since = NodeState(State(last["state"]), last["reason"]), last["since"]
+            if last["state"] == State.FAILED:
+                self._program.failed = last["reason"]
+            expected = {row["name"] for row in last["processes"] if row["pid"]} & set(self._config.processes) - {"coordinator"}
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ADOPT_SECONDS):
+                    while expected - self._board.heard.keys():
+                        self._changed.clear()
+                        await self._changed.wait()
+
     async def _work(self) -> None:
+        await self._adopt()
         while True:
             self._changed.clear()
             try:

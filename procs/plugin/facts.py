@@ -25,7 +25,7 @@ STATES = {
 
 ALIVE = ("STARTING", "RUNNING", "STOPPING")
 STALE_SECONDS = 5.0
-"""The coordinator reports every second; without a word for so long its document is marked as old."""
+"""The coordinator reports every second; without a word for so long its document is marked as old (``stale_s``)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def merge(document: dict[str, Any], age: float | None, processes: dict[str, Proc
     """
     result = {**document, "supervisord_pid": os.getpid()}
     if age is not None and age > STALE_SECONDS:
-        result["reason"] = f"as of {age:.0f} s ago, the coordinator is not reporting; {document.get('reason', '')}".rstrip("; ")
+        result["stale_s"] = round(age)
     if stopping and result.get("state") not in ("stopped", "failed"):
         result["state"] = "draining"
         result["reason"] = result.get("reason") if document.get("state") == "draining" else "the node is stopping"
