@@ -155,9 +155,16 @@ class Keeper:
         names = (watched.title if watched else "", tree.title(pid))
         who = "engine" if pid == self._engine else next((who for name in names if (who := tree.essential(name))), None)
         if who is not None and self._death is None and not self._stop_asked.is_set():
-            self._say_death(who, pid, names[0])
+            if self._dead(self._engine):
+                # Children that die with their parent may be seen before it.
+                self._say_death("engine", self._engine, "")
+            else:
+                self._say_death(who, pid, names[0])
         if pid == self._engine:
             self._engine_gone.set()
+
+    def _dead(self, pid: int) -> bool:
+        return pid in self._statuses or tree.zombie_status(pid) is not None
 
     def _say_death(self, who: str, pid: int, name: str) -> None:
         """Say it, then kill the rest: the frame is on its way before anything else is done."""

@@ -126,8 +126,8 @@ def node(tmp_path: Path) -> Iterator[Node]:
     made = Node(tmp_path)
     yield made
     if made.keeper is not None and made.keeper.poll() is None:
-        made.keeper.kill()
-        made.keeper.wait()
+        made.keeper.terminate()  # it also removes its cgroup
+        made.keeper.wait(10)
     for pid in made.left():
         tree.kill(pid)
     made.sub.close()
