@@ -163,6 +163,17 @@ def canary(facts: EngineFacts) -> Payload:
     return {"input_ids": [start], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": False}}
 
 
+def canary_request(facts: EngineFacts) -> Request:
+    """dynamo.sglang 1.6.1's health check payload (SglangHealthCheckPayload)."""
+    return {
+        "token_ids": canary(facts)["input_ids"],
+        "stop_conditions": {"max_tokens": 1, "ignore_eos": False},
+        "sampling_options": {"temperature": 0.0, "top_p": 1.0, "top_k": -1},
+        "eos_token_ids": [],
+        "annotations": [],
+    }
+
+
 AGGREGATED = Role(
     name="aggregated",
     component="backend",
@@ -172,4 +183,5 @@ AGGREGATED = Role(
     to_engine=to_engine,
     to_dynamo=to_dynamo,
     canary=canary,
+    canary_request=canary_request,
 )

@@ -33,3 +33,5 @@ class Role:
     """An engine output of sample ``index`` as a Dynamo chunk."""
     canary: Callable[[EngineFacts], Payload]
     """The smallest real request that proves the whole engine path works."""
+    canary_request: Callable[[EngineFacts], Request]
+    """The same as a Dynamo request, for Dynamo's own health check of the endpoint (DYN_HEALTH_CHECK_ENABLED)."""

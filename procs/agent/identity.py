@@ -1,0 +1,180 @@
+"""An agent's Dynamo identity: runtime, endpoints, model card, load. The only room that talks to Dynamo's runtime."""
+
+import asyncio
+import json
+import logging
+import os
+import socket
+from typing import Any
+
+from dynamo.common.utils.endpoint_types import parse_endpoint_types
+from dynamo.common.utils.prometheus import LLMBackendMetrics, register_engine_metrics_callback
+from dynamo.common.utils.topology import apply_topology_config
+from dynamo.llm import (
+    ModelInput,
+    ModelRuntimeConfig,
+    WorkerMetricsPublisher,
+    WorkerType,
+    register_model,
+    unregister_model,
+)
+from dynamo.runtime import DistributedRuntime
+from prometheus_client import CollectorRegistry
+
+from procs.agent.handler import Handler
+from shared.config import NodeConfig
+from shared.frames import EngineFacts, KvUse, Welcome
+from shared.roles.role import Role
+
+
+class Identity:
+    """One worker of the cluster, for the life of this process: its worker id does not change with the engine."""
+
+    def __init__(self, config: NodeConfig, role: Role, handler: Handler) -> None:
+        self._config = config
+        self._role = role
+        self._handler = handler
+        # Set before the runtime exists: it reads the variable once, and has no way to tell which port 0 became.
+        port = _free_port()
+        os.environ["DYN_SYSTEM_PORT"] = str(port)
+        os.environ.setdefault("DYN_SYSTEM_HOST", "127.0.0.1")
+        self.metrics_url = f"http://127.0.0.1:{port}/metrics"
+        dynamo = config.dynamo
+        self._runtime = DistributedRuntime(
+            asyncio.get_running_loop(),
+            dynamo.discovery_backend,
+            dynamo.request_plane,
+            event_plane=dynamo.event_plane,
+            response_plane=dynamo.response_plane,
+        )
+        self._generate = self._runtime.endpoint(f"{dynamo.namespace}.{dynamo.component}.{dynamo.endpoint}")
+        self._clear = self._runtime.endpoint(f"{dynamo.namespace}.{dynamo.component}.clear_kv_blocks")
+        self.worker_id = str(self._generate.connection_id())
+        self._serving: list[asyncio.Future[Any]] = []
+        self._card: str = ""
+        self._load = WorkerMetricsPublisher()
+        self._gauges: LLMBackendMetrics | None = None
+
+    async def register(self, welcome: Welcome) -> None:
+        """Put this worker into discovery: the first time with endpoints and card, afterwards the instance again.
+
+        A card whose facts have changed with the engine is replaced; ``register_endpoint_instance`` alone keeps the old one.
+        """
+        first = not self._serving
+        if first:
+            await self._serve(welcome.facts)
+        card = _card_key(welcome.facts)
+        if not first and card != self._card:
+            logging.info("the engine's facts have changed: replacing the model card")
+            await unregister_model(self._generate)
+        if card != self._card:
+            await self._register_model(welcome)
+            self._card = card
+        if not first:
+            await self._generate.register_endpoint_instance()
+        if self._gauges is not None:
+            self._gauges.set_model_load_time(welcome.facts.load_seconds)
+
+    async def withdraw(self) -> None:
+        """Take this instance out of discovery; requests that a router sent already are still served."""
+        await self._generate.unregister_endpoint_instance()
+
+    def publish_load(self, use: KvUse) -> None:
+        """KV use of one DP rank, under this worker's identity: a router takes it from nobody else."""
+        self._load.publish(use.dp_rank, kv_used_blocks=use.used_blocks)
+        if self._gauges is not None:
+            self._gauges.set_total_blocks(str(use.dp_rank), use.total_blocks)
+            self._gauges.set_gpu_cache_usage(str(use.dp_rank), use.usage)
+
+    def close(self) -> None:
+        for task in self._serving:
+            task.cancel()
+        self._runtime.shutdown()
+
+    async def _serve(self, facts: EngineFacts) -> None:
+        registry = CollectorRegistry()
+        register_engine_metrics_callback(endpoint=self._generate, registry=registry)
+        self._gauges = LLMBackendMetrics(
+            registry=registry, model_name=facts.served_model_name, component_name=self._config.dynamo.component
+        )
+        await self._load.create_endpoint(self._generate)
+        for rank in range(facts.dp_start, facts.dp_start + facts.dp_size):
+            self._load.publish(rank, kv_used_blocks=0)
+            self._gauges.set_total_blocks(str(rank), facts.total_kv_blocks or 0)
+        worker_type = getattr(WorkerType, self._role.worker_type)
+        self._handler.first_token_source = await self._generate.first_token_source(worker_type)
+        labels = [("model", facts.served_model_name)]
+        payload = self._role.canary_request(facts)
+        for endpoint, handler, extra in (
+            (self._generate, self._handler.generate, {"health_check_payload": payload}),
+            (self._clear, self._handler.clear_kv_blocks, {}),
+        ):
+            serving = asyncio.ensure_future(
+                endpoint.serve_endpoint(handler, graceful_shutdown=True, metrics_labels=labels, **extra)
+            )
+            serving.add_done_callback(_served)
+            self._serving.append(serving)
+
+    async def _register_model(self, welcome: Welcome) -> None:
+        facts, dynamo = welcome.facts, self._config.dynamo
+        await register_model(
+            getattr(ModelInput, self._role.model_input),
+            parse_endpoint_types(dynamo.endpoint_types),
+            self._generate,
+            dynamo.model_source_uri or facts.model_path,
+            facts.served_model_name,
+            kv_cache_block_size=facts.block_size,
+            runtime_config=self._runtime_config(welcome),
+            custom_template_path=dynamo.custom_jinja_template,
+            worker_type=getattr(WorkerType, self._role.worker_type),
+            needs=[[getattr(WorkerType, name) for name in group] for group in self._role.needs],
+            model_aliases=dynamo.served_model_aliases or None,
+        )
+
+    def _runtime_config(self, welcome: Welcome) -> ModelRuntimeConfig:
+        """The card's runtime configuration, as dynamo.sglang 1.6.1 fills it (register.py, get_runtime_config)."""
+        facts, dynamo = welcome.facts, self._config.dynamo
+        config = ModelRuntimeConfig()
+        config.context_length = facts.context_length
+        config.total_kv_blocks = facts.total_kv_blocks
+        config.max_num_seqs = facts.max_running_requests
+        config.max_num_batched_tokens = facts.max_num_batched_tokens
+        config.data_parallel_start_rank = facts.dp_start
+        config.data_parallel_size = facts.dp_size
+        config.kv_state_endpoint = dynamo.kv_state_endpoint
+        config.tool_call_parser = dynamo.tool_call_parser
+        config.reasoning_parser = dynamo.reasoning_parser
+        config.exclude_tools_when_tool_choice_none = dynamo.exclude_tools_when_tool_choice_none
+        config.set_structural_tag(dynamo.structural_tag)
+        config.enable_local_indexer = dynamo.enable_local_indexer
+        config.kv_event_publishing_enabled = False  # the relay publishes no KV events yet
+        for name, value in facts.runtime_config.items():
+            setattr(config, name, value)
+        for name, text in facts.runtime_data.items():
+            config.set_engine_specific(name, text)
+        if dynamo.default_thinking_mode is not None:
+            config.set_engine_specific("default_thinking_mode", json.dumps(dynamo.default_thinking_mode))
+        if self._config.agents > 1:
+            # N instances over one engine must count as one engine's capacity (dynamo.sglang, gateway.py).
+            engine = f"{socket.gethostname()}:{self._config.runtime_dir}:{welcome.incarnation}"
+            config.set_engine_specific("dynamo.sglang.gateway_engine", json.dumps(engine))
+            config.set_engine_specific("dynamo.sglang.gateway_workers", json.dumps(self._config.agents))
+        apply_topology_config(config)
+        return config
+
+
+def _card_key(facts: EngineFacts) -> str:
+    """What of the facts is on the card, as text to compare."""
+    skip = ("load_seconds", "metrics_dir", "version")
+    return json.dumps({name: getattr(facts, name) for name in facts.__struct_fields__ if name not in skip}, sort_keys=True)
+
+
+def _served(serving: "asyncio.Future[Any]") -> None:
+    if not serving.cancelled() and serving.exception() is not None:
+        logging.error("an endpoint is not served any more: %s", serving.exception())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

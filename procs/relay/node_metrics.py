@@ -1,0 +1,48 @@
+"""The node's own metrics, ``sgnode_*``, from the processes' beats."""
+
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+from shared.config import NodeConfig
+from shared.frames import KvUse
+from shared.state import LOST, Board, State
+
+STATES = (*State, LOST)
+
+
+def render(config: NodeConfig, board: Board, use: dict[int, KvUse]) -> str:
+    """Prometheus text. Label ``process`` as in `sgnode status`; counts are of a process's present life."""
+    registry = CollectorRegistry()
+    state = Gauge(
+        "sgnode_process_state", "1 for the state a process is in, 0 for the others", ["process", "state"], registry=registry
+    )
+    incarnation = Gauge("sgnode_incarnation", "Life of the engine, counted from the node's start", registry=registry)
+    gauges: dict[str, Gauge] = {}
+    for name in config.processes:
+        now = board.state(name)
+        for each in STATES:
+            state.labels(name, each).set(float(each == now))
+        beat = board.beat(name)
+        for key, value in (beat.numbers if beat else {}).items():
+            if key not in gauges:
+                gauges[key] = Gauge(f"sgnode_{key}", HELP.get(key, key), ["process"], registry=registry)
+            gauges[key].labels(name).set(value)
+    keeper = board.beat("keeper")
+    incarnation.set(keeper.incarnation if keeper else 0)
+    if use:
+        used = Gauge("sgnode_kv_used_blocks", "KV blocks in use", ["dp_rank"], registry=registry)
+        total = Gauge("sgnode_kv_total_blocks", "KV blocks there are", ["dp_rank"], registry=registry)
+        for rank, each_use in use.items():
+            used.labels(str(rank)).set(each_use.used_blocks)
+            total.labels(str(rank)).set(each_use.total_blocks)
+    return generate_latest(registry).decode()
+
+
+HELP = {
+    "inflight": "Requests running",
+    "requests": "Requests taken in this process's life",
+    "registered": "1 while this agent is in discovery",
+    "steps": "Step frames sent by the engine",
+    "tokens": "Tokens handed to peers by the engine",
+    "peers": "Agents and probers connected to the engine",
+    "dropped_frames": "Frames that did not decode",
+}

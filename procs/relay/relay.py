@@ -1,0 +1,91 @@
+"""The relay's loop: node state in, KV use and metrics out. It never touches a request."""
+
+import asyncio
+import signal
+from typing import Any
+
+import zmq
+
+from procs.relay import engine_metrics, node_metrics, remote, text
+from shared import sockets
+from shared.config import NodeConfig
+from shared.frames import AnyState, Beat, KvUse, MetricsText, Scrape
+from shared.heart import Heart
+from shared.sockets import Decoder, LoopSocket, encode
+from shared.state import Board, State
+
+
+class Relay:
+    """One node's relay."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self._config = config
+        self._board = Board()
+        self._use: dict[int, KvUse] = {}
+        self._heart = Heart(config.path, "relay")
+        self._scrapes: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Until SIGTERM."""
+        loop = asyncio.get_running_loop()
+        end = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, end.set)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._states: Decoder[AnyState] = Decoder(AnyState, "node state")
+        self._asked: Decoder[Scrape] = Decoder(Scrape, "the metrics socket")
+        others = [name for name in self._config.processes if name != "relay"]
+        states = LoopSocket(sockets.subscriber(context, self._config.path, others), self._hear)
+        self._metrics = LoopSocket(sockets.router(context, self._config.path, sockets.METRICS), self._scrape_asked)
+        self._heart.numbers = self._numbers
+        self._heart.start()
+        self._heart.set(State.READY)
+        await end.wait()
+        self._heart.set(State.STOPPED)
+        for task in self._scrapes:
+            task.cancel()
+        states.close()
+        self._metrics.close()
+        context.term()
+        self._heart.close()
+
+    def _numbers(self) -> dict[str, float]:
+        return {"dropped_frames": self._states.dropped + self._asked.dropped}
+
+    def _hear(self, parts: list[bytes]) -> None:
+        frame: Any = self._states.decode(parts[0])
+        match frame:
+            case Beat():
+                self._board.hear(frame)
+            case KvUse():
+                # What an engine used is gone with it.
+                stale = [rank for rank, use in self._use.items() if use.incarnation != frame.incarnation]
+                for rank in stale:
+                    del self._use[rank]
+                self._use[frame.dp_rank] = frame
+                self._heart.publish(frame)
+
+    def _scrape_asked(self, parts: list[bytes]) -> None:
+        if len(parts) != 2:
+            self._asked.drop(f"{len(parts)} parts instead of 2")
+            return
+        frame = self._asked.decode(parts[1])
+        if frame is not None:
+            task = asyncio.get_running_loop().create_task(self._scrape(parts[0], frame.id))
+            self._scrapes.add(task)
+            task.add_done_callback(self._scrapes.discard)
+
+    async def _scrape(self, identity: bytes, number: int) -> None:
+        texts = [node_metrics.render(self._config, self._board, self._use)]
+        urls = [
+            beat.info["metrics_url"]
+            for name in self._config.agent_names
+            if (beat := self._board.beat(name)) is not None and "metrics_url" in beat.info
+        ]
+        engine = asyncio.to_thread(engine_metrics.render, self._config, self._board.beat("engine"))
+        found = await asyncio.gather(engine, *(remote.fetch(url) for url in urls))
+        merged = text.merge([*texts, *found])
+        try:
+            self._metrics.send([identity, encode(MetricsText(number, merged))])
+        except zmq.ZMQError:
+            return  # the prober that asked is gone

@@ -1,0 +1,288 @@
+"""The peer's end of the request path: follows the engine's lives, submits, and checks that no token is missing.
+
+One DEALER for each incarnation, so nothing that was queued for a dead engine reaches the next one.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from shared import sockets
+from shared.errors import Code, RequestError
+from shared.frames import (
+    PROTOCOL,
+    Abort,
+    Beat,
+    Control,
+    ControlDone,
+    Credit,
+    Death,
+    Failed,
+    Frame,
+    FromEngine,
+    Hello,
+    Output,
+    Refused,
+    Step,
+    Submit,
+    Welcome,
+)
+from shared.merge import merge
+from shared.sockets import Decoder, LoopSocket, encode
+from shared.state import State
+
+HELLO_SECONDS = 1.0
+"""An unanswered Hello is repeated: the ROUTER may have bound after the Beat that announced it."""
+CREDIT_PARTS = 4
+"""Credit is sent four times a window: often enough that the engine never waits for it, seldom enough to cost nothing."""
+
+
+class Stream:
+    """The outputs of one request, as they come. What waits for a busy reader is merged into one output."""
+
+    def __init__(self, client: "EngineClient", rid: str) -> None:
+        self.rid = rid
+        self._client = client
+        self._waiting: Output | None = None
+        self._failure: RequestError | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._received = 0
+        self.ended = False
+
+    def abort(self) -> None:
+        """Ask the engine to end it; its terminal output still comes."""
+        if not self.ended:
+            self._client.send(Abort(self.rid))
+
+    def put(self, output: Output) -> None:
+        if output.offset != self._received:
+            self.abort()
+            self.fail(RequestError(Code.GAP, f"tokens {self._received} to {output.offset} of the stream are missing"))
+            return
+        self._received += len(output.token_ids)
+        self.ended = output.finish is not None
+        self._waiting = output if self._waiting is None else merge(self._waiting, output)
+        self._notify()
+
+    def fail(self, error: RequestError) -> None:
+        self.ended = True
+        self._failure = error
+        self._client.forget(self.rid)
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def __aiter__(self) -> AsyncIterator[Output]:
+        """Yield outputs until the terminal one. Raises RequestError when the request fails."""
+        loop = asyncio.get_running_loop()
+        while True:
+            output, self._waiting = self._waiting, None
+            if output is not None:
+                yield output
+                if output.finish is not None:
+                    return
+                continue
+            if self._failure is not None:
+                raise self._failure
+            self._wake = loop.create_future()
+            try:
+                await self._wake
+            finally:
+                self._wake = None
+
+
+class EngineClient:
+    """One peer of the engine. Feed it every Beat of the engine and every Death; it connects and disconnects by them."""
+
+    def __init__(self, runtime_dir: Path, name: str) -> None:
+        self._runtime_dir = runtime_dir
+        self._name = name
+        self._life = uuid.uuid4().hex
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._socket: LoopSocket | None = None
+        self._decoder: Decoder[Any] = Decoder(FromEngine, "the request path")
+        self._incarnation = 0
+        self._dead = 0
+        self._streams: dict[str, Stream] = {}
+        self._controls: dict[int, asyncio.Future[Any]] = {}
+        self._control_id = 0
+        self._taken = 0
+        self._acknowledged = 0
+        self._hello: asyncio.TimerHandle | None = None
+        self.welcome: Welcome | None = None
+        self.refused: str = ""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when the engine is welcomed, refused or lost."""
+
+    # --- the engine's lives ------------------------------------------------------------------------------------------
+
+    def hear_beat(self, beat: Beat) -> None:
+        """A Beat of the process ``engine``."""
+        if beat.incarnation < self._incarnation:
+            return
+        if beat.incarnation > self._incarnation and self._socket is not None:
+            self.lose(self._incarnation, "the engine was started again")
+        if beat.state == State.READY and self._socket is None and beat.incarnation > self._dead:
+            self._connect(beat.incarnation)
+
+    def hear_death(self, death: Death) -> None:
+        """A Death of the keeper."""
+        self.lose(death.incarnation, death.reason)
+
+    def lose(self, incarnation: int, reason: str) -> None:
+        """The engine of this incarnation (or an older one) is gone: every stream ends with ENGINE_DEAD."""
+        self._dead = max(self._dead, incarnation)
+        if self._socket is None or incarnation < self._incarnation:
+            return
+        logging.warning("engine %d is lost: %s (%d streams)", self._incarnation, reason, len(self._streams))
+        self._disconnect()
+        for stream in list(self._streams.values()):
+            stream.fail(RequestError(Code.ENGINE_DEAD, reason))
+        for future in self._controls.values():
+            if not future.done():
+                future.set_exception(RequestError(Code.ENGINE_DEAD, reason))
+        self._controls.clear()
+        self.on_change()
+
+    def _connect(self, incarnation: int) -> None:
+        self._incarnation = incarnation
+        self._taken = self._acknowledged = 0
+        self.refused = ""
+        self._socket = LoopSocket(sockets.dealer(self._context, self._runtime_dir, sockets.REQUESTS), self._receive)
+        self._say_hello()
+
+    def _say_hello(self) -> None:
+        self.send(Hello(PROTOCOL, self._name, self._life))
+        self._hello = asyncio.get_running_loop().call_later(HELLO_SECONDS, self._repeat_hello)
+
+    def _repeat_hello(self) -> None:
+        if self.welcome is None and not self.refused and self._socket is not None:
+            self._say_hello()
+
+    def _disconnect(self) -> None:
+        if self._hello is not None:
+            self._hello.cancel()
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None
+        self.welcome = None
+
+    def close(self) -> None:
+        self._disconnect()
+        self._context.term()
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    @property
+    def inflight(self) -> int:
+        return len(self._streams)
+
+    @property
+    def dropped(self) -> int:
+        return self._decoder.dropped
+
+    def submit(self, payload: dict[str, Any]) -> Stream:
+        """Start a request. Raises RequestError(ENGINE_DEAD) when no engine is welcomed."""
+        if self.welcome is None:
+            raise RequestError(Code.ENGINE_DEAD, "no engine is up")
+        stream = Stream(self, uuid.uuid4().hex)
+        self._streams[stream.rid] = stream
+        if not self.send(Submit(self.welcome.incarnation, stream.rid, payload)):
+            self.forget(stream.rid)
+            raise RequestError(Code.ENGINE_DEAD, "the engine's socket takes no request")
+        return stream
+
+    async def control(self, op: str, args: dict[str, Any], seconds: float = 60.0) -> Any:
+        """Run an engine control. Raises RequestError when there is no engine, it refuses, or the time is up."""
+        if self.welcome is None:
+            raise RequestError(Code.ENGINE_DEAD, "no engine is up")
+        self._control_id += 1
+        number = self._control_id
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._controls[number] = future
+        self.send(Control(number, op, args))
+        try:
+            return await asyncio.wait_for(future, seconds)
+        except TimeoutError as error:
+            raise RequestError(Code.INTERNAL, f"{op}: no answer within {seconds:.0f} s") from error
+        finally:
+            self._controls.pop(number, None)
+
+    def send(self, frame: Frame) -> bool:
+        """Send a frame; False when the engine can't take it now."""
+        if self._socket is None:
+            return False
+        try:
+            self._socket.send([encode(frame)])
+        except zmq.Again:
+            return False
+        return True
+
+    def forget(self, rid: str) -> None:
+        self._streams.pop(rid, None)
+
+    def _receive(self, parts: list[bytes]) -> None:
+        frame = self._decoder.decode(parts[0])
+        if isinstance(frame, Step):
+            self._step(frame)
+        elif isinstance(frame, Failed):
+            stream = self._streams.get(frame.rid)
+            if stream is not None:
+                stream.fail(RequestError(_code(frame.code), frame.message))
+        elif isinstance(frame, ControlDone):
+            future = self._controls.get(frame.id)
+            if future is not None and not future.done():
+                if frame.error is None:
+                    future.set_result(frame.result)
+                else:
+                    future.set_exception(RequestError(Code.INTERNAL, frame.error))
+        elif isinstance(frame, Welcome):
+            if frame.incarnation == self._incarnation and self.welcome is None:
+                self.welcome = frame
+                self.on_change()
+        elif isinstance(frame, Refused):
+            self._refused(frame.reason)
+
+    def _step(self, step: Step) -> None:
+        if step.incarnation != self._incarnation or self.welcome is None:
+            return
+        self._taken = step.seq
+        for output in step.outputs:
+            stream = self._streams.get(output.rid)
+            if stream is None:
+                continue
+            if output.finish is not None:
+                self.forget(output.rid)
+            stream.put(output)
+        if self._taken - self._acknowledged >= max(1, self.welcome.window // CREDIT_PARTS) and self.send(Credit(self._taken)):
+            self._acknowledged = self._taken
+
+    def _refused(self, reason: str) -> None:
+        if self.welcome is None:
+            self.refused = reason
+            logging.error("the engine refuses this process: %s", reason)
+            self.on_change()
+            return
+        # ZMQ reconnected under a new identity: the engine has forgotten us and our streams.
+        incarnation = self._incarnation
+        logging.warning("the engine has forgotten this process: %s", reason)
+        self._disconnect()
+        for stream in list(self._streams.values()):
+            stream.fail(RequestError(Code.GAP, "the connection to the engine broke"))
+        self.on_change()
+        self._connect(incarnation)
+
+
+def _code(text: str) -> Code:
+    """A code of a newer engine reads as INTERNAL."""
+    try:
+        return Code(text)
+    except ValueError:
+        return Code.INTERNAL
