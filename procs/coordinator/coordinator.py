@@ -231,6 +231,7 @@ class Coordinator:
             logging.info("node: %s -> %s%s", self._node.state, node.state, f" ({node.reason})" if node.reason else "")
             self._since = time.time()
         self._node = node
+        self._heart.set(State.READY, info={"node": node.state, "reason": node.reason or node.state})
         self._board.hear(msgspec.structs.replace(self._heart.beat, since=self._since))
         keeper = self._board.heard.get("keeper")
         incarnation = keeper.beat.incarnation if keeper else 0

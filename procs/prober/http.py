@@ -19,9 +19,6 @@ class Node(Protocol):
     def healthy(self) -> bool: ...
 
     @property
-    def node_failed(self) -> bool: ...
-
-    @property
     def failed_reason(self) -> str: ...
 
 
@@ -31,7 +28,7 @@ async def start(config: NodeConfig, node: Node, metrics: Metrics) -> web.AppRunn
 
     async def live(_: web.Request) -> web.Response:
         # True while a large model loads, and in a drain: only a node that has given up should be replaced.
-        return web.Response(status=503, text=node.failed_reason) if node.node_failed else web.Response(text="live")
+        return web.Response(status=503, text=node.failed_reason) if node.failed_reason else web.Response(text="live")
 
     async def health(_: web.Request) -> web.Response:
         word = "ready" if node.healthy else "notready"

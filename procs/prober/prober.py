@@ -99,11 +99,7 @@ class Prober:
         return beat is not None and bool(beat.numbers.get("registered"))
 
     @property
-    def node_failed(self) -> bool:
-        """The node will not come back by itself: the coordinator has given up on the engine."""
-        return self.failed_reason != ""
-
-    @property
     def failed_reason(self) -> str:
+        """Why the node will not come back by itself (the coordinator has given up on the engine); empty otherwise."""
         beat = self.board.beat("coordinator")
-        return beat.info.get("failed", "") if beat is not None else ""
+        return beat.info["reason"] if beat is not None and beat.info.get("node") == State.FAILED else ""

@@ -34,7 +34,7 @@ def render(config: NodeConfig, board: Board, use: dict[int, KvUse]) -> str:
         for rank, each_use in use.items():
             used.labels(str(rank)).set(each_use.used_blocks)
             total.labels(str(rank)).set(each_use.total_blocks)
-    return generate_latest(registry).decode()
+    return str(generate_latest(registry), "utf-8")
 
 
 HELP = {

@@ -1,0 +1,88 @@
+"""What `sgnode serve` shows: progress until the node is ready, how to use it, then its changes. A child of supervisord."""
+
+import ctypes
+import http.client
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from shared import config as configuration
+from shared import supervisord
+from shared.config import NodeConfig
+from shared.state import State
+
+PR_SET_PDEATHSIG = 1
+POLL_SECONDS = 0.25
+STILL_SECONDS = 10.0
+"""A state that lasts is said again so often, with what it waits for."""
+
+
+def usage(config: NodeConfig) -> str:
+    """The URL and a curl line that works as pasted."""
+    system = f"http://{config.system_host}:{config.system_port}"
+    if not config.frontend:
+        return f"serving {config.served_model_name} to the cluster; health and metrics: {system}/health {system}/metrics"
+    url = f"http://{config.http_host}:{config.http_port}"
+    body = {
+        "model": config.served_model_name,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 32,
+        "stream": True,
+    }
+    return (
+        f"ready: {url}/v1   (health: {system}/health, metrics: {system}/metrics)\n"
+        f"try:   curl -sN {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    )
+
+
+def document(config: NodeConfig) -> dict[str, Any]:
+    """The node's status; {} while supervisord does not answer."""
+    try:
+        found: dict[str, Any] = json.loads(supervisord.call(config.path, "sgnode.node", timeout=2.0))
+    except (OSError, http.client.HTTPException, ValueError):
+        return {}
+    return found
+
+
+def details(status: dict[str, Any]) -> str:
+    """What an operator wants to know of a state that lasts."""
+    rows = status.get("processes", [])
+    draining = next((row["detail"] for row in rows if str(row.get("detail", "")).startswith("draining:")), "")
+    reason = draining or status.get("reason", "")
+    waiting = status.get("waiting_for", "")
+    return f"{reason}{'; ' if reason and waiting else ''}{f'waiting for {waiting}' if waiting else ''}"
+
+
+def main() -> int:
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        return 0
+    # Ctrl-C reaches the whole foreground group: supervisord drains, and this goes on to show it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = configuration.load()
+    began = time.monotonic()
+    shown, said_at, greeted = "", 0.0, False
+    print(
+        f"sgnode {config.version}: starting {config.served_model_name} ({config.role}), logs in {config.runtime_dir}/log",
+        flush=True,
+    )
+    while os.getppid() == parent:
+        status = document(config)
+        state = status.get("state", "")
+        now = time.monotonic()
+        if state and (state != shown or (state != State.READY and now - said_at > STILL_SECONDS)):
+            print(f"[{now - began:6.1f} s] {state}: {details(status)}".rstrip(": "), flush=True)
+            shown, said_at = state, now
+            if state == State.READY and not greeted:
+                greeted = True
+                print(usage(config), flush=True)
+        time.sleep(POLL_SECONDS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The node's own flags of `sgnode serve`, the YAML file, and what is left for SGLang and Dynamo."""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from shared.config import Synthetic
+from shared.errors import NodeError
+
+DESCRIPTION = """\
+Run one node in the foreground: the engine and its side processes under supervisord.
+
+Beside the flags below it takes every flag and environment variable of `python -m dynamo.sglang` and of SGLang, with the
+same meaning (`sgnode serve --help-all` lists them). Flags are never abbreviated. Ctrl-C drains and stops."""
+
+EPILOG = """\
+examples:
+  sgnode serve ./models/demo-llama
+  sgnode serve Qwen/Qwen3-8B --tp-size 2 --served-model-name qwen
+  sgnode serve --config node.yaml
+  sgnode serve MODEL --discovery-backend etcd --namespace prod      (join a cluster; ETCD_ENDPOINTS names it)"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are NodeErrors: the caller prints one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise NodeError(message)
+
+
+@dataclass
+class NodeFlags:
+    """Parsed node flags, and the arguments left for the worker. Ports may still be 0."""
+
+    name: str
+    runtime_dir: Path | None
+    agents: int
+    frontend: bool | None
+    http_host: str
+    http_port: int
+    system_host: str
+    system_port: int
+    drain_grace: float
+    drain_timeout: float
+    canary_wait: float
+    canary_timeout: float
+    group_port: int | None
+    group_key_file: str | None
+    synthetic: Synthetic | None
+    console: bool
+    worker_argv: list[str]
+
+
+def _port(text: str) -> int:
+    value = int(text) if text.isdigit() else -1
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 (any free one) to 65535, got {text!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"expected seconds from 0, got {text!r}")
+    return value
+
+
+def _synthetic(text: str) -> Synthetic:
+    try:
+        return msgspec.convert(dict(item.split("=", 1) for item in text.split(",") if item), Synthetic, strict=False)
+    except (ValueError, msgspec.ValidationError) as error:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE,...: {error}") from error
+
+
+def _environment_seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+    """A duration from Dynamo's environment; Dynamo 1.6.1 takes the default for an invalid one and 0 for a negative one."""
+    try:
+        return max(0.0, float(environ[name]))
+    except (KeyError, ValueError):
+        return default
+
+
+def parser(environ: Mapping[str, str] = os.environ) -> Parser:
+    """The parser of the node's flags."""
+    made = Parser(
+        prog="sgnode serve",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="sgnode serve [MODEL] [node flags] [flags of dynamo.sglang and SGLang]",
+    )
+    add = made.add_argument
+    add("--help-all", action="store_true", help="show the flags of dynamo.sglang and SGLang as well")
+    add("--name", default="default", help="name of the node on this machine (default: %(default)s)")
+    add("--runtime-dir", type=Path, help="sockets, logs, state; mode 0700 (default: /run/sgnode/NAME, or the user's own)")
+    add("--config", metavar="FILE", help="YAML file with any of these flags, without the dashes; the command line wins")
+    add("--agents", type=_count, default=1, help="Dynamo identities in front of the engine (default: %(default)s)")
+    add(
+        "--frontend",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run dynamo.frontend as well (default: with --discovery-backend file, which is the default)",
+    )
+    add("--http-host", default="127.0.0.1", help="address of the frontend (default: %(default)s)")
+    add("--http-port", type=_port, default=8000, help="OpenAI HTTP port; 0: any free one (default: %(default)s)")
+    add(
+        "--system-port",
+        type=_port,
+        default=_system_port(environ),
+        help="/live /health /ready /metrics; 0: any free one (default: DYN_SYSTEM_PORT or 9090, on DYN_SYSTEM_HOST or 127.0.0.1)",
+    )
+    add(
+        "--drain-grace",
+        type=_seconds,
+        default=_environment_seconds(environ, "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", 5.0),
+        help="seconds after the withdrawal in which requests are still taken (default: %(default)g)",
+    )
+    add("--drain-timeout", type=_seconds, default=300.0, help="seconds that running streams get to finish (default: %(default)g)")
+    add("--group-port", type=_port, help=argparse.SUPPRESS)
+    add("--group-key-file", help=argparse.SUPPRESS)
+    add("--console", action=argparse.BooleanOptionalAction, default=True, help="show progress on standard output")
+    add("--synthetic", type=_synthetic, help=argparse.SUPPRESS)
+    return made
+
+
+def _system_port(environ: Mapping[str, str]) -> int:
+    text = environ.get("DYN_SYSTEM_PORT", "")
+    # -1 means "disabled" to Dynamo 1.6.1; this port is the node's own and always there.
+    return int(text) if text.isdigit() else 9090
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> NodeFlags:
+    """Split the arguments of `sgnode serve`. Raises NodeError naming the flag or the field."""
+    made = parser(environ)
+    config, _ = _config_only(argv)
+    arguments = [*(_from_yaml(config, made) if config else []), *_model_flag(list(argv))]
+    found, rest = made.parse_known_args(arguments)
+    return NodeFlags(
+        name=_name(found.name),
+        runtime_dir=found.runtime_dir,
+        agents=found.agents,
+        frontend=found.frontend,
+        http_host=found.http_host,
+        http_port=found.http_port,
+        system_host=environ.get("DYN_SYSTEM_HOST", "127.0.0.1"),
+        system_port=found.system_port,
+        drain_grace=found.drain_grace,
+        drain_timeout=found.drain_timeout,
+        canary_wait=max(0.1, _environment_seconds(environ, "DYN_CANARY_WAIT_TIME", 10.0)),
+        canary_timeout=max(0.1, _environment_seconds(environ, "DYN_HEALTH_CHECK_REQUEST_TIMEOUT", 30.0)),
+        group_port=found.group_port,
+        group_key_file=found.group_key_file,
+        synthetic=found.synthetic,
+        console=found.console,
+        worker_argv=rest,
+    )
+
+
+def _name(text: str) -> str:
+    if not text or len(text) > 32 or not all(c.isalnum() or c in "-_." for c in text) or text.startswith("."):
+        raise NodeError(f"--name: expected 1 to 32 letters, digits, '-', '_' or '.', got {text!r}")
+    return text
+
+
+def _config_only(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    made = Parser(add_help=False, allow_abbrev=False)
+    made.add_argument("--config")
+    found, rest = made.parse_known_args(list(argv))
+    return found.config, rest
+
+
+def _model_flag(argv: list[str]) -> list[str]:
+    """``MODEL`` as the first argument means ``--model-path MODEL``."""
+    if argv and not argv[0].startswith("-"):
+        return ["--model-path", argv[0], *argv[1:]]
+    return argv
+
+
+def _from_yaml(file: str, made: Parser) -> list[str]:
+    """A YAML mapping as arguments, in the file's order."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise NodeError(f"--config {file}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise NodeError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from error
+    if loaded is None:
+        return []
+    if not isinstance(loaded, dict):
+        raise NodeError(f"--config {file}: expected a mapping of flags to values, got {type(loaded).__name__}")
+    arguments: list[str] = []
+    for key, value in loaded.items():
+        arguments += _argument(str(key), value, file)
+    return arguments
+
+
+def _argument(key: str, value: Any, file: str) -> list[str]:
+    flag = "--" + key.lstrip("-").replace("_", "-")
+    if key in ("model", "MODEL"):
+        flag = "--model-path"
+    if key == "config":
+        raise NodeError(f"--config {file}: a configuration file can't name another one")
+    match value:
+        case None | False:
+            # A switch that is off is left out; only the node's own switches have a negative form.
+            return [f"--no-{flag[2:]}"] if flag in ("--frontend", "--console") and value is False else []
+        case True:
+            return [flag]
+        case dict():
+            return [flag, json.dumps(value)]
+        case list():
+            return [flag, *(str(item) for item in value)]
+    return [flag, str(value)]

@@ -1,0 +1,69 @@
+"""The `sgnode` command: finds the subcommand, prints an error as one line, exits 2."""
+
+import sys
+from importlib.metadata import version
+
+from shared.errors import NodeError
+
+HELP = """\
+usage: sgnode COMMAND [flags]
+
+SGLang on a GPU server as a supervised node of a Dynamo cluster.
+
+  serve [MODEL] [flags]   run a node in the foreground; takes every flag of `python -m dynamo.sglang`
+  status [--json]         its state, and each process's with what it waits for (exit 0 ready, 3 not running, 4 otherwise)
+  stop                    drain it and stop it; returns when it is gone
+  show-config             the configuration that it runs with
+  ctl ...                 supervisorctl on it: `sgnode ctl status`, `sgnode ctl restart agent`, `sgnode ctl tail -f engine`
+  demo-model DIR          make a tiny model with random weights, to try a node without a download
+
+All but serve and demo-model find the node by --name or --runtime-dir, or take the only one that runs.
+`sgnode COMMAND --help` says more. `sgnode --version` prints the version.
+
+  sgnode demo-model ./demo && sgnode serve ./demo
+  sgnode serve Qwen/Qwen3-8B --tp-size 2"""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Run a command line; the exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"sgnode {version('sgnode')}")
+        return 0
+    try:
+        return _command(argv[0], argv[1:])
+    except NodeError as error:
+        print(f"sgnode: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _command(name: str, argv: list[str]) -> int:
+    from procs.cli import status
+
+    match name:
+        case "serve":
+            from procs.cli import serve
+
+            return serve.main(argv)
+        case "status":
+            return status.status(argv)
+        case "stop":
+            return status.stop(argv)
+        case "show-config":
+            return status.show_config(argv)
+        case "ctl":
+            return status.ctl(argv)
+        case "demo-model":
+            from procs.cli import demo_model
+
+            return demo_model.main(argv)
+    raise NodeError(f"unknown command {name!r}; `sgnode --help` lists them")
