@@ -38,6 +38,8 @@ from shared.state import State
 
 HELLO_SECONDS = 1.0
 """An unanswered Hello is repeated: the ROUTER may have bound after the Beat that announced it."""
+CONNECT_SECONDS = 0.01
+"""Until the DEALER is connected it takes nothing (ZMQ_IMMEDIATE), which is a matter of a millisecond."""
 CREDIT_PARTS = 4
 """Credit is sent four times a window: often enough that the engine never waits for it, seldom enough to cost nothing."""
 
@@ -159,8 +161,9 @@ class EngineClient:
         self._say_hello()
 
     def _say_hello(self) -> None:
-        self.send(Hello(PROTOCOL, self._name, self._life))
-        self._hello = asyncio.get_running_loop().call_later(HELLO_SECONDS, self._repeat_hello)
+        sent = self.send(Hello(PROTOCOL, self._name, self._life))
+        again = HELLO_SECONDS if sent else CONNECT_SECONDS
+        self._hello = asyncio.get_running_loop().call_later(again, self._repeat_hello)
 
     def _repeat_hello(self) -> None:
         if self.welcome is None and not self.refused and self._socket is not None:

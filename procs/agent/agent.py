@@ -42,6 +42,7 @@ class Agent:
         self._withdrawn_at: float | None = None
         self._drain_started: float | None = None
         self._refusing = ""
+        self._decoder: Decoder[AnyState] = Decoder(AnyState, "node state")
 
     async def run(self) -> None:
         config = self._config
@@ -57,7 +58,6 @@ class Agent:
         self._heart.set(State.WAITING, waiting_for="the engine")
         self._heart.start()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
-        self._decoder: Decoder[AnyState] = Decoder(AnyState, "node state")
         names = ["engine", "keeper", "prober", "coordinator", "relay"]
         states = LoopSocket(subscriber(context, config.path, names), self._hear)
         self._identity = Identity(config, role, self._handler)

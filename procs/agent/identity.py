@@ -1,9 +1,11 @@
 """An agent's Dynamo identity: runtime, endpoints, model card, load. The only room that talks to Dynamo's runtime."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
+import random
 import socket
 from typing import Any
 
@@ -23,6 +25,7 @@ from prometheus_client import CollectorRegistry
 
 from procs.agent.handler import Handler
 from shared.config import NodeConfig
+from shared.errors import NodeError
 from shared.frames import EngineFacts, KvUse, Welcome
 from shared.roles.role import Role
 
@@ -175,6 +178,9 @@ def _served(serving: "asyncio.Future[Any]") -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free loopback port below the ephemeral range: Dynamo 1.6.1 reads DYN_SYSTEM_PORT as a signed 16-bit number."""
+    for port in random.sample(range(20_000, 32_768), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise NodeError("no free port between 20000 and 32767 for an agent's metrics")
