@@ -140,6 +140,8 @@ class Coordinator:
         """
         with contextlib.suppress(*CALL_ERRORS):
             last = json.loads(await self._call("sgnode.node"))
+            if not last["incarnation"]:
+                return  # the node's first coordinator, or one before the first engine: nothing to go on with
             self._node, self._since = NodeState(State(last["state"]), last["reason"]), last["since"]
             if last["state"] == State.FAILED:
                 self._program.failed = last["reason"]

@@ -1,0 +1,66 @@
+# make serve   set up .venv, make a demo model unless MODEL is given, run a node in the foreground
+# make test    set up the same way and run the tests
+# MODEL=/path ARGS="--tp-size 2" make serve   any model, any flag of `sgnode serve`
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?=
+ARGS ?=
+TESTS ?= tests
+
+bin := $(VENV)/bin
+log := $(VENV)/setup.log
+demo := models/demo-llama
+gpu := $(shell command -v nvidia-smi 2>/dev/null)
+pins := $(wildcard requirements/*.txt) $(wildcard cpu-kernels/*.toml cpu-kernels/sgl_kernel/*.py) pyproject.toml
+pip = $(bin)/python -m pip install --disable-pip-version-check --no-input
+say = @printf '%s\n'
+# Output goes to a log; when a step fails its end is shown.
+quiet = >>$(log) 2>&1 || { tail -n 20 $(log); echo "make setup failed; the whole log: $(log)"; exit 1; }
+
+.PHONY: setup serve test lint clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: $(pins)
+	$(say) "setting up $(VENV) (a few minutes the first time; log: $(log))"
+	@test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(gpu),)
+	$(say) "  1/4 torch for the CPU"
+	@$(pip) torch==2.13.0 $(quiet)
+	$(say) "  2/4 SGLang, Dynamo and what they need"
+	@$(pip) --no-deps -r requirements/cpu.txt $(quiet)
+	# The index has only torchvision's CUDA build; this file of it names operators that CPU torch doesn't have.
+	@$(bin)/python -c 'import importlib.util as u; open(u.find_spec("torchvision").submodule_search_locations[0] + "/_meta_registrations.py", "w").close()' $(quiet)
+	$(say) "  3/4 the stand-in for SGLang's kernels, test tools"
+	@$(pip) --no-deps -r requirements/dev.txt $(quiet)
+	@$(pip) --no-deps --no-build-isolation --force-reinstall ./cpu-kernels $(quiet)
+else
+	$(say) "  1/4 SGLang with its kernels"
+	@$(pip) -r requirements/gpu.txt $(quiet)
+	$(say) "  2/4 Dynamo"
+	@$(pip) --no-deps -r requirements/gpu-dynamo.txt $(quiet)
+	$(say) "  3/4 test tools"
+	@$(pip) --no-deps -r requirements/dev.txt $(quiet)
+endif
+	$(say) "  4/4 sgnode"
+	@$(pip) --no-deps --no-build-isolation -e . $(quiet)
+	@touch $@
+	$(say) "done: $(bin)/sgnode"
+
+$(demo)/config.json: | setup
+	@$(bin)/sgnode demo-model $(demo)
+
+serve: setup $(if $(MODEL),,$(demo)/config.json)
+	@exec $(bin)/sgnode serve $(or $(MODEL),$(demo) --served-model-name demo) $(ARGS)
+
+lint: setup
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+test: setup
+	$(bin)/python -m pytest $(TESTS)
+
+clean:
+	rm -rf $(VENV) models

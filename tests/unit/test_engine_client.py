@@ -1,0 +1,107 @@
+"""The peer's end against a real Service: lives, gaps, merging, credit."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from shared.engine_client import EngineClient
+from shared.errors import Code, RequestError
+from shared.frames import Beat, Death, Output, Step
+from tests.unit.test_service import INCARNATION, Bench, bench_at
+
+
+def beat(incarnation: int = INCARNATION, state: str = "ready") -> Beat:
+    return Beat("engine", 1, state, "", 0.0, "", incarnation, 0)
+
+
+def run(directory: Path, test: Callable[[Bench, EngineClient], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with bench_at(directory) as bench:
+            client = EngineClient(directory, "agent:0")
+            client.hear_beat(beat(state="loading"))
+            assert client.welcome is None
+            client.hear_beat(beat())
+            await bench.until(lambda: client.welcome is not None)
+            try:
+                await test(bench, client)
+            finally:
+                client.close()
+
+    asyncio.run(main())
+
+
+def test_tokens_that_wait_for_a_busy_reader_come_as_one_output(tmp_path: Path) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        stream = client.submit({"input_ids": [1]})
+        await bench.until(lambda: stream.rid in bench.backend.submitted)
+        for number in range(1000):
+            bench.service.output(stream.rid, [number], {"type": "length"} if number == 999 else None, None)
+            if number % 10 == 0:
+                await asyncio.sleep(0)
+        await bench.until(lambda: stream.ended)
+        outputs = [output async for output in stream]
+        assert [token for output in outputs for token in output.token_ids] == list(range(1000))
+        assert len(outputs) == 1 and client.inflight == 0
+
+    run(tmp_path, test)
+
+
+def test_credit_keeps_a_long_stream_flowing(tmp_path: Path) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        stream = client.submit({"input_ids": [1]})
+        await bench.until(lambda: stream.rid in bench.backend.submitted)
+
+        async def produce() -> None:
+            for number in range(500):
+                bench.service.output(stream.rid, [number], {"type": "length"} if number == 499 else None, None)
+                await asyncio.sleep(0.0005)
+
+        producing = asyncio.create_task(produce())
+        tokens = [token async for output in stream for token in output.token_ids]
+        await producing
+        assert tokens == list(range(500))
+
+    run(tmp_path, test)
+
+
+def test_death_ends_every_stream_with_the_migratable_code(tmp_path: Path) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        streams = [client.submit({"input_ids": [1]}) for _ in range(3)]
+        client.hear_death(Death(INCARNATION, "scheduler", 1, "scheduler (pid 1) killed by SIGKILL", 0.0))
+        for stream in streams:
+            with pytest.raises(RequestError) as caught:
+                await anext(aiter(stream))
+            assert caught.value.code == Code.ENGINE_DEAD and "SIGKILL" in caught.value.message
+        with pytest.raises(RequestError):
+            client.submit({"input_ids": [1]})
+        client.hear_beat(beat())
+        assert client.welcome is None, "a late beat of a dead engine revives nothing"
+        client.hear_beat(beat(INCARNATION + 1))
+        assert client.inflight == 0
+
+    run(tmp_path, test)
+
+
+def test_a_gap_is_a_failure_of_its_stream_alone(tmp_path: Path) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        broken, whole = client.submit({"input_ids": [1]}), client.submit({"input_ids": [2]})
+        await bench.until(lambda: len(bench.backend.submitted) == 2)
+        client._step(Step(INCARNATION, 1, [Output(broken.rid, 1, [5]), Output(whole.rid, 0, [6], {"type": "stop"})]))
+        with pytest.raises(RequestError) as caught:
+            await anext(aiter(broken))
+        assert caught.value.code == Code.GAP
+        await bench.until(lambda: bench.backend.aborted == [broken.rid])
+        assert [output.token_ids async for output in whole] == [[6]]
+
+    run(tmp_path, test)
+
+
+def test_controls(tmp_path: Path) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        assert await client.control("echo", {"a": 1}) == {"a": 1}
+        with pytest.raises(RequestError, match="unknown control"):
+            await client.control("nope", {})
+
+    run(tmp_path, test)
