@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import http_load
 from benchmarks.figures import median
+from procs.cli.serve import engine_environment
 from tests.harness import Node
 
 KEYS = ("tokens_per_s", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99")
@@ -26,7 +27,7 @@ def raw(argv: list[str], loads: list[tuple[int, int]], shape: dict[str, int]) ->
     """Run the raw engine on the loads; one result each."""
     spec = json.dumps({"loads": loads, "shape": shape})
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.raw_engine", spec, "--", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, env=engine_environment(), capture_output=True, text=True, timeout=900, check=False)
     results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if len(results) != len(loads):
         raise SystemExit(f"raw engine failed:\n{done.stderr[-3000:]}")

@@ -145,7 +145,7 @@ def _port(flag: str, host: str, port: int) -> int:
         raise NodeError(f"{flag} {port}: {error.strerror} on {host}; pass another port, or 0 for any free one") from error
 
 
-def _engine_environment() -> dict[str, str]:
+def engine_environment() -> dict[str, str]:
     """The environment of this process, with what SGLang needs on a host without a GPU."""
     environ = dict(os.environ)
     if not has_gpu():
@@ -158,7 +158,7 @@ def _check_child(request: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "procs.engine.check"],
         input=json.dumps(request),
-        env=_engine_environment(),
+        env=engine_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -202,7 +202,7 @@ def process_tree(config: NodeConfig) -> str:
 
 def _environment(config: NodeConfig) -> dict[str, str]:
     """supervisord's environment: what its programs may get, and what supervisor.conf names."""
-    environ = environment.allowed("supervisord", _engine_environment())
+    environ = environment.allowed("supervisord", engine_environment())
     environ.update(
         {
             RUNTIME_DIR_VARIABLE: config.runtime_dir,

@@ -4,6 +4,7 @@ import asyncio
 import signal
 from typing import Any
 
+import msgspec
 import zmq
 
 from procs.relay import engine_metrics, node_metrics, remote, text
@@ -76,6 +77,7 @@ class Relay:
             task.add_done_callback(self._scrapes.discard)
 
     async def _scrape(self, identity: bytes, number: int) -> None:
+        self._board.hear(msgspec.structs.replace(self._heart.beat, numbers=self._numbers()))
         texts = [node_metrics.render(self._config, self._board, self._use)]
         urls = [
             beat.info["metrics_url"]
