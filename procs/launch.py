@@ -16,6 +16,9 @@ MODULES = {"engine": "procs.keeper", "frontend": "dynamo.frontend"}
 LOOPBACK = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST")
 """Where Dynamo's runtime listens (or what it advertises). Unset, it takes the host's outward address."""
 
+FRONTEND_STOP_SECONDS = 60
+"""For clients to take what is left of their streams after the agents have drained; supervisor.conf allows a little more."""
+
 
 def command(program: str, index: int | None, config: NodeConfig) -> list[str]:
     """Arguments of a program, the interpreter first."""
@@ -43,6 +46,9 @@ def environment(program: str, environ: dict[str, str], config: NodeConfig) -> di
             # One machine: nothing needs to listen wider. In a cluster the others must reach us, so Dynamo's default stays.
             for name in LOOPBACK:
                 result.setdefault(name, "127.0.0.1")
+    if program == "frontend":
+        # A slow reader gets the end of its stream: Dynamo 1.6.1 would cut every connection after 5 s.
+        result.setdefault("DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", str(FRONTEND_STOP_SECONDS))
     if program == "agent":
         # Any free loopback port; the relay scrapes it.
         result["DYN_SYSTEM_PORT"] = "0"

@@ -71,7 +71,7 @@ class Agent:
         context.term()
         self._heart.set(State.STOPPED)
         self._client.close()
-        self._identity.close()
+        await self._identity.close()
         self._heart.close()
 
     def _numbers(self) -> dict[str, float]:

@@ -29,6 +29,9 @@ from shared.errors import NodeError
 from shared.frames import EngineFacts, KvUse, Welcome
 from shared.roles.role import Role
 
+CLOSE_SECONDS = 5.0
+"""For the endpoints to finish; nothing runs in them any more."""
+
 
 class Identity:
     """One worker of the cluster, for the life of this process: its worker id does not change with the engine."""
@@ -89,10 +92,11 @@ class Identity:
             self._gauges.set_total_blocks(str(use.dp_rank), use.total_blocks)
             self._gauges.set_gpu_cache_usage(str(use.dp_rank), use.usage)
 
-    def close(self) -> None:
-        for task in self._serving:
-            task.cancel()
+    async def close(self) -> None:
+        """Leave the cluster. An endpoint is done when its last chunks have left for the frontend: exiting earlier loses them."""
         self._runtime.shutdown()
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=CLOSE_SECONDS)
 
     async def _serve(self, facts: EngineFacts) -> None:
         registry = CollectorRegistry()

@@ -5,13 +5,12 @@ Reads {"argv": [...]} on stdin, writes one JSON object on stdout: the resolved p
 
 import argparse
 import asyncio
-import contextlib
 import difflib
-import io
 import json
 import os
 import re
 import sys
+import tempfile
 from typing import Any
 
 
@@ -117,34 +116,36 @@ def _role(server: Any, dynamo: Any) -> str:
 
 
 def _line(error: BaseException, noise: str) -> str:
-    """One line for an operator: argparse's own words, the exception's text, or the last thing that was logged."""
-    found = re.findall(r"error: (.*)", noise)
-    if isinstance(error, SystemExit):
-        if found:
-            return str(found[-1])
-        said = [line for line in noise.splitlines() if line.strip() and "warn" not in line.lower()]
-        return re.sub(r"\x1b\[[0-9;]*m", "", said[-1]) if said else f"exit code {error.code}"
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+    """One line for an operator: argparse's own words, the last error that was logged, or the exception's text."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", noise)
+    if not isinstance(error, SystemExit):
+        return " ".join(str(error).split()) or type(error).__name__
+    found = re.findall(r"^\S*: error: (.*)$", plain, re.MULTILINE) or re.findall(r"ERROR\s+\S+:\s+(.*)$", plain, re.MULTILINE)
+    said = found or [line for line in plain.splitlines() if line.strip()]
+    return str(said[-1]) if said else f"exit code {error.code}"
 
 
 def main() -> int:
     answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     request = json.load(sys.stdin)
-    noise = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(noise), contextlib.redirect_stdout(noise):
+    # Loggers, argparse and native code write to the descriptors: all of it is kept, only a refusal's own words are shown.
+    with tempfile.TemporaryFile() as noise:
+        for descriptor in (1, 2):
+            os.dup2(noise.fileno(), descriptor)
+        try:
             if request.get("help"):
                 result: dict[str, Any] = {"help": "\n".join(parser.format_help() for parser in _parsers())}
             else:
                 result = resolve(request["argv"])
-    except (Exception, SystemExit) as error:
-        result = {"error": _line(error, noise.getvalue())}
-    json.dump(result, answer)
-    answer.flush()
-    # torch's teardown takes a second and has nothing to save.
-    os._exit(0)
+        except (Exception, SystemExit) as error:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            noise.seek(0)
+            result = {"error": _line(error, noise.read().decode(errors="replace"))}
+        json.dump(result, answer)
+        answer.flush()
+        # torch's teardown takes a second and has nothing to save.
+        os._exit(0)
 
 
 if __name__ == "__main__":
