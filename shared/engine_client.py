@@ -5,8 +5,9 @@ One DEALER for each incarnation, so nothing that was queued for a dead engine re
 
 import asyncio
 import logging
+import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from shared.frames import (
 )
 from shared.merge import merge
 from shared.sockets import Decoder, LoopSocket, encode
-from shared.state import State
+from shared.state import BEAT_SECONDS, LOST, Board, State
 
 HELLO_SECONDS = 1.0
 """An unanswered Hello is repeated: the ROUTER may have bound after the Beat that announced it."""
@@ -52,9 +53,10 @@ class Stream:
         self._client = client
         self._waiting: Output | None = None
         self._failure: RequestError | None = None
-        self._wake: asyncio.Future[None] | None = None
         self._received = 0
         self.ended = False
+        self.wake: asyncio.Future[None] | None = None
+        """Of the reader, while it has nothing to read."""
 
     def abort(self) -> None:
         """Ask the engine to end it; its terminal output still comes."""
@@ -77,27 +79,41 @@ class Stream:
         self._client.forget(self.rid)
         self._notify()
 
+    def take(self) -> Output | None:
+        """What has come since the last look, as one output. Raises RequestError after the last of a failed request."""
+        output, self._waiting = self._waiting, None
+        if output is None and self._failure is not None:
+            raise self._failure
+        return output
+
     def _notify(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+        if self.wake is not None and not self.wake.done():
+            self.wake.set_result(None)
 
     async def __aiter__(self) -> AsyncIterator[Output]:
         """Yield outputs until the terminal one. Raises RequestError when the request fails."""
-        loop = asyncio.get_running_loop()
-        while True:
-            output, self._waiting = self._waiting, None
+        async for _, output in interleaved([self]):
+            yield output
+
+
+async def interleaved(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Output]]:
+    """Outputs of several streams as they come, each with its stream's index, until all have ended. Raises RequestError."""
+    loop = asyncio.get_running_loop()
+    left = dict(enumerate(streams))
+    while left:
+        idle = True
+        for index, stream in list(left.items()):
+            output = stream.take()
             if output is not None:
-                yield output
+                idle = False
                 if output.finish is not None:
-                    return
-                continue
-            if self._failure is not None:
-                raise self._failure
-            self._wake = loop.create_future()
-            try:
-                await self._wake
-            finally:
-                self._wake = None
+                    del left[index]
+                yield index, output
+        if idle:
+            wake = loop.create_future()
+            for stream in left.values():
+                stream.wake = wake
+            await wake
 
 
 class EngineClient:
@@ -118,6 +134,11 @@ class EngineClient:
         self._taken = 0
         self._acknowledged = 0
         self._hello: asyncio.TimerHandle | None = None
+        self._clock = 0.0
+        self._looked = time.monotonic()
+        self.board = Board(clock=lambda: self._clock)
+        """Engine and keeper as heard here. Its clock stands still while this very process is paused."""
+        self._watching = asyncio.get_running_loop().call_later(BEAT_SECONDS, self._watch)
         self.welcome: Welcome | None = None
         self.refused: str = ""
         self.on_change: Callable[[], None] = lambda: None
@@ -126,32 +147,48 @@ class EngineClient:
     # --- the engine's lives ------------------------------------------------------------------------------------------
 
     def hear_beat(self, beat: Beat) -> None:
-        """A Beat of the process ``engine``."""
-        if beat.incarnation < self._incarnation:
+        """Any Beat; those of ``engine`` and ``keeper`` are looked at."""
+        if beat.process not in ("engine", "keeper"):
             return
-        if beat.incarnation > self._incarnation and self._socket is not None:
-            self.lose(self._incarnation, "the engine was started again")
+        self.board.hear(beat)
+        if beat.process == "keeper" or beat.incarnation < self._incarnation:
+            return
+        if beat.incarnation > self._incarnation:
+            self._drop("the engine was started again")
+        elif beat.state in (State.STOPPED, State.FAILED):
+            self._drop(f"the engine has {beat.state}")
         if beat.state == State.READY and self._socket is None and beat.incarnation > self._dead:
             self._connect(beat.incarnation)
 
     def hear_death(self, death: Death) -> None:
-        """A Death of the keeper."""
-        self.lose(death.incarnation, death.reason)
+        """A Death of the keeper: nothing of this incarnation or an older one comes back."""
+        self._dead = max(self._dead, death.incarnation)
+        if death.incarnation >= self._incarnation:
+            self._drop(death.reason)
 
-    def lose(self, incarnation: int, reason: str) -> None:
-        """The engine of this incarnation (or an older one) is gone: every stream ends with ENGINE_DEAD."""
-        self._dead = max(self._dead, incarnation)
-        if self._socket is None or incarnation < self._incarnation:
+    def _drop(self, reason: str, code: Code = Code.ENGINE_DEAD) -> None:
+        """Disconnect; every stream and control ends with the code."""
+        if self._socket is None:
             return
         logging.warning("engine %d is lost: %s (%d streams)", self._incarnation, reason, len(self._streams))
         self._disconnect()
         for stream in list(self._streams.values()):
-            stream.fail(RequestError(Code.ENGINE_DEAD, reason))
+            stream.fail(RequestError(code, reason))
         for future in self._controls.values():
             if not future.done():
-                future.set_exception(RequestError(Code.ENGINE_DEAD, reason))
+                future.set_exception(RequestError(code, reason))
         self._controls.clear()
         self.on_change()
+
+    def _watch(self) -> None:
+        """An engine and a keeper that are both silent past the deadline are lost, until the engine is heard again."""
+        now = time.monotonic()
+        # A tick that comes late tells of a pause here, in which the others' beats could not be read.
+        self._clock += min(now - self._looked, 2 * BEAT_SECONDS)
+        self._looked = now
+        if self._socket is not None and self.board.state("engine") == LOST and self.board.beat("keeper") is None:
+            self._drop("neither the engine nor its keeper gives a sign of life")
+        self._watching = asyncio.get_running_loop().call_later(BEAT_SECONDS, self._watch)
 
     def _connect(self, incarnation: int) -> None:
         self._incarnation = incarnation
@@ -178,6 +215,7 @@ class EngineClient:
         self.welcome = None
 
     def close(self) -> None:
+        self._watching.cancel()
         self._disconnect()
         self._context.term()
 
@@ -274,13 +312,8 @@ class EngineClient:
             self.on_change()
             return
         # ZMQ reconnected under a new identity: the engine has forgotten us and our streams.
-        incarnation = self._incarnation
-        logging.warning("the engine has forgotten this process: %s", reason)
-        self._disconnect()
-        for stream in list(self._streams.values()):
-            stream.fail(RequestError(Code.GAP, "the connection to the engine broke"))
-        self.on_change()
-        self._connect(incarnation)
+        self._drop(f"the connection broke ({reason})", Code.GAP)
+        self._connect(self._incarnation)
 
 
 def _code(text: str) -> Code:

@@ -1,18 +1,24 @@
 """Entry point of an agent: ``python -m procs.agent INDEX``. Exits 0 after a stop that was asked for."""
 
-import asyncio
 import logging
 import os
 import sys
 
+import uvloop
+
 from procs.agent.agent import Agent
 from shared import config as configuration
 from shared import logs
+from shared.config import NodeConfig
 from shared.errors import NodeError
 
 
+async def _run(config: NodeConfig, index: int) -> None:
+    await Agent(config, index).run()
+
+
 def main() -> int:
-    """Run the agent. Exit code 2 with one line when it may not run here."""
+    """Run the agent. Exit code 2 with one line when it may not run here, 1 when Dynamo's runtime fails."""
     try:
         index = int(sys.argv[1]) if len(sys.argv) > 1 else 0
         config = configuration.load()
@@ -24,10 +30,15 @@ def main() -> int:
         print(f"agent: {error}", file=sys.stderr)
         return 2
     logs.setup(f"agent:{index}")
-    asyncio.run(Agent(config, index).run())
+    code = 0
+    try:
+        uvloop.run(_run(config, index))
+    except Exception:
+        logging.exception("the agent ends")
+        code = 1
     logging.shutdown()
     # Dynamo's runtime threads would hold the interpreter's exit for seconds.
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ import asyncio
 import logging
 import signal
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import zmq
 
+from procs.agent.drain import Drain
 from procs.agent.handler import Handler
 from procs.agent.identity import Identity
 from shared.config import NodeConfig
@@ -16,16 +18,18 @@ from shared.frames import AnyState, Beat, Death, Intent, KvUse, Verdict
 from shared.heart import Heart
 from shared.roles import find
 from shared.sockets import Decoder, LoopSocket, subscriber
-from shared.state import BEAT_DEADLINE_SECONDS, State
+from shared.state import LOST, State
 
 TICK_SECONDS = 0.5
-"""How often deadlines (lost engine, drain progress) are looked at; everything else comes as a frame."""
+"""How often deadlines (drain, retries) are looked at; everything else comes as a frame."""
 RETRY_SECONDS = 1.0
 """After discovery refused a registration or a withdrawal."""
+DISCOVERY_SECONDS = 120.0
+"""For one registration or withdrawal: the first one reads the tokenizer, and may fetch it."""
 
 
 class Agent:
-    """One agent. ``run`` returns when a stop has been carried out."""
+    """One agent. ``run`` returns when a stop has been carried out. Raises RuntimeError when Dynamo's runtime ends."""
 
     def __init__(self, config: NodeConfig, index: int) -> None:
         self._config = config
@@ -36,11 +40,14 @@ class Agent:
         self._want = "serve"
         self._verdict: Verdict | None = None
         self._engine: Beat | None = None
-        self._engine_heard = 0.0
         self._registered = False
-        self._ever_registered = False
+        self._listed = False
+        """May be in discovery: a registration was begun, and no withdrawal has come through since."""
         self._withdrawn_at: float | None = None
-        self._drain_started: float | None = None
+        self._discovery: asyncio.Task[None] | None = None
+        self._discovery_trouble = ""
+        self._retry_at = 0.0
+        self._drain: Drain | None = None
         self._refusing = ""
         self._decoder: Decoder[AnyState] = Decoder(AnyState, "node state")
 
@@ -55,29 +62,30 @@ class Agent:
         self._handler = Handler(self._client, role, lambda: self._refusing)
         self._handler.on_change = self._changed.set
         self._heart.numbers = self._numbers
-        self._heart.set(State.WAITING, waiting_for="the engine")
+        self._heart.set(State.WAITING, waiting_for="discovery")
         self._heart.start()
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
-        names = ["engine", "keeper", "prober", "coordinator", "relay"]
-        states = LoopSocket(subscriber(context, config.path, names), self._hear)
         self._identity = Identity(config, role, self._handler)
+        self._identity.on_end = self._changed.set
         self._heart.set(
             State.WAITING,
             waiting_for="the engine",
             info={"worker_id": self._identity.worker_id, "metrics_url": self._identity.metrics_url},
         )
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        names = ["engine", "keeper", "prober", "coordinator", "relay"]
+        states = LoopSocket(subscriber(context, config.path, names), self._hear)
         await self._serve()
         states.close()
         context.term()
+        await self._identity.close()
         self._heart.set(State.STOPPED)
         self._client.close()
-        await self._identity.close()
         self._heart.close()
 
     def _numbers(self) -> dict[str, float]:
         return {
             "inflight": self._handler.running,
-            "requests": self._handler.total,
+            "streams_total": self._handler.total,
             "registered": float(self._registered),
             "dropped_frames": self._client.dropped + self._decoder.dropped,
         }
@@ -86,18 +94,19 @@ class Agent:
 
     def _ask_stop(self) -> None:
         self._stop_asked += 1
+        if self._discovery is not None:
+            self._discovery.cancel()  # a discovery service that hangs must not hold the stop
         self._changed.set()
 
     def _hear(self, parts: list[bytes]) -> None:
         frame: Any = self._decoder.decode(parts[0])
         match frame:
-            case Beat(process="engine"):
-                self._engine_heard = time.monotonic()
-                news = self._engine is None or (frame.state, frame.incarnation) != (self._engine.state, self._engine.incarnation)
-                self._engine = frame
+            case Beat():
                 self._client.hear_beat(frame)
-                if news:
-                    self._changed.set()
+                if frame.process == "engine":
+                    old, self._engine = self._engine, frame
+                    if old is None or (frame.state, frame.incarnation) != (old.state, old.incarnation):
+                        self._changed.set()
             case Death():
                 self._client.hear_death(frame)
             case Verdict():
@@ -116,13 +125,14 @@ class Agent:
 
     def _unmet(self) -> str:
         """The first condition of being registered that does not hold, in an operator's words; empty when all do."""
+        state = self._client.board.state("engine")
+        if state == LOST:
+            return "the engine (no sign of life)"
         welcome = self._client.welcome
-        if welcome is None:
+        if welcome is None or state != State.READY:
             if self._client.refused:
                 return f"an engine that speaks this protocol: {self._client.refused}"
-            return f"the engine ({self._engine.state})" if self._engine is not None else "the engine"
-        if time.monotonic() - self._engine_heard > BEAT_DEADLINE_SECONDS:
-            return "the engine (no sign of life)"
+            return f"the engine ({state})" if self._engine is not None else "the engine"
         if self._verdict is None or self._verdict.incarnation != welcome.incarnation:
             return "the first canary"
         return "" if self._verdict.healthy else f"a healthy engine ({self._verdict.reason})"
@@ -135,81 +145,81 @@ class Agent:
         """Until a stop was asked for and carried out."""
         while True:
             self._changed.clear()
+            if self._identity.ended:
+                raise RuntimeError(f"Dynamo's runtime ended: {self._identity.ended}")
             unmet = self._unmet()
-            wanted = not unmet and not self._draining
-            try:
-                if wanted and not self._registered:
-                    await self._register()
-                elif not wanted and self._registered:
-                    await self._withdraw()
-            except Exception as error:  # discovery may fail in any way; the agent tries again and says so
-                logging.error("discovery: %s", error)
-                self._heart.set(State.WAITING, str(error), waiting_for="discovery")
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
+            await self._follow(wanted=not unmet and not self._draining, why=unmet)
             if self._draining:
-                if self._drained() and self._stop_asked:
+                if self._look_at_drain() and self._stop_asked:
                     return
             else:
-                self._resume()
+                self._drain, self._refusing = None, ""
                 if self._registered:
                     self._heart.set(State.READY, f"worker {self._identity.worker_id}")
                 else:
-                    self._heart.set(State.WAITING, waiting_for=unmet)
+                    waiting_for = "discovery" if self._discovery_trouble else unmet
+                    self._heart.set(State.WAITING, self._discovery_trouble, waiting_for=waiting_for)
             try:
                 async with asyncio.timeout(TICK_SECONDS):
                     await self._changed.wait()
             except TimeoutError:
-                self._look_at_engine()
+                continue
+
+    # --- discovery ---------------------------------------------------------------------------------------------------
+
+    async def _follow(self, *, wanted: bool, why: str) -> None:
+        """Be in discovery when wanted and out of it when not. What fails is tried again, and said."""
+        if time.monotonic() < self._retry_at:
+            return
+        if wanted and not self._registered:
+            await self._discover(self._register())
+        elif not wanted and self._listed:
+            if self._withdrawn_at is None:
+                self._withdrawn_at = time.monotonic()
+                logging.info("withdrawing from discovery: %s", "draining" if self._draining else why)
+            self._registered = False
+            await self._discover(self._withdraw())
+
+    async def _discover(self, call: Coroutine[Any, Any, None]) -> None:
+        self._discovery = asyncio.ensure_future(call)
+        await asyncio.wait([self._discovery], timeout=DISCOVERY_SECONDS)
+        done, self._discovery = self._discovery, None
+        self._discovery_trouble, self._retry_at = "", 0.0
+        if not done.done():
+            done.cancel()
+            self._discovery_trouble = f"no answer within {DISCOVERY_SECONDS:.0f} s"
+        elif done.cancelled():
+            self._changed.set()
+        elif (error := done.exception()) is not None:
+            self._discovery_trouble = str(error) or type(error).__name__
+        if self._discovery_trouble:
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            logging.error("discovery: %s", self._discovery_trouble)
 
     async def _register(self) -> None:
         welcome = self._client.welcome
-        assert welcome is not None
-        await self._identity.register(welcome)
-        self._registered = self._ever_registered = True
+        if welcome is None:
+            return
+        self._listed = True
         self._withdrawn_at = None
+        await self._identity.register(welcome)
+        self._registered = True
         logging.info("registered: worker %s, incarnation %d", self._identity.worker_id, welcome.incarnation)
 
     async def _withdraw(self) -> None:
-        self._registered = False
-        self._withdrawn_at = time.monotonic()
         await self._identity.withdraw()
-        logging.info("withdrawn from discovery: %s", "draining" if self._draining else self._unmet())
-
-    def _look_at_engine(self) -> None:
-        """An engine that says nothing and has no keeper to say so is lost by its deadline."""
-        if self._engine is not None and time.monotonic() - self._engine_heard > BEAT_DEADLINE_SECONDS:
-            self._changed.set()
+        self._listed = False
 
     # --- draining ----------------------------------------------------------------------------------------------------
 
-    def _resume(self) -> None:
-        self._refusing = ""
-        self._drain_started = None
-
-    def _drained(self) -> bool:
-        """One look at the drain: grace, refusal, deadline. True when nothing runs and nothing may come."""
+    def _look_at_drain(self) -> bool:
+        """Do what the drain's order says now. True when it is through."""
         now = time.monotonic()
-        if self._drain_started is None:
-            self._drain_started = now
-        running = self._handler.running
-        # A router that has not heard of the withdrawal yet still sends requests: they are served during the grace.
-        since = self._withdrawn_at if self._withdrawn_at is not None else now
-        grace_left = self._config.drain_grace - (now - since) if self._ever_registered else 0.0
-        fast = self._stop_asked > 1
-        if grace_left <= 0 or fast:
-            self._refusing = "the node is draining"
-        left = self._config.drain_timeout - (now - self._drain_started)
-        if running and (left <= 0 or fast):
-            self._handler.cut.set()
-        if running:
-            detail = f"draining: {running} stream{'s' if running > 1 else ''} left, {max(0.0, left):.0f} s of "
-            self._heart.set(State.DRAINING, f"{detail}{self._config.drain_timeout:.0f}", waiting_for="running streams")
-            return False
-        if grace_left > 0 and not fast:
-            self._heart.set(
-                State.DRAINING, f"draining: no stream left, {grace_left:.0f} s of grace", waiting_for="the grace's end"
-            )
-            return False
-        self._heart.set(State.DRAINED, "")
-        return True
+        if self._drain is None:
+            self._drain = Drain(self._config.drain_grace, self._config.drain_timeout, now)
+        look = self._drain.look(now, running=self._handler.running, withdrawn_at=self._withdrawn_at, hurry=self._stop_asked > 1)
+        self._refusing = "the node is draining" if look.refuse else ""
+        if look.cut:
+            self._handler.cut()
+        self._heart.set(State.DRAINED if look.done else State.DRAINING, look.detail, waiting_for=look.waiting_for)
+        return look.done

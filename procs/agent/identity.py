@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from dynamo.common.utils.endpoint_types import parse_endpoint_types
@@ -43,8 +44,8 @@ class Identity:
         # Set before the runtime exists: it reads the variable once, and has no way to tell which port 0 became.
         port = _free_port()
         os.environ["DYN_SYSTEM_PORT"] = str(port)
-        os.environ.setdefault("DYN_SYSTEM_HOST", "127.0.0.1")
-        self.metrics_url = f"http://127.0.0.1:{port}/metrics"
+        host = os.environ.setdefault("DYN_SYSTEM_HOST", "127.0.0.1")
+        self.metrics_url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}/metrics"
         dynamo = config.dynamo
         self._runtime = DistributedRuntime(
             asyncio.get_running_loop(),
@@ -57,7 +58,12 @@ class Identity:
         self._clear = self._runtime.endpoint(f"{dynamo.namespace}.{dynamo.component}.clear_kv_blocks")
         self.worker_id = str(self._generate.connection_id())
         self._serving: list[asyncio.Future[Any]] = []
+        self._closing = False
+        self._withdrawn = False
         self._card: str = ""
+        self.ended = ""
+        """Why Dynamo's runtime serves no longer; empty while it does."""
+        self.on_end: Callable[[], None] = lambda: None
         self._load = WorkerMetricsPublisher()
         self._gauges: LLMBackendMetrics | None = None
 
@@ -66,24 +72,26 @@ class Identity:
 
         A card whose facts have changed with the engine is replaced; ``register_endpoint_instance`` alone keeps the old one.
         """
-        first = not self._serving
-        if first:
+        if not self._serving:
             await self._serve(welcome.facts)
         card = _card_key(welcome.facts)
-        if not first and card != self._card:
-            logging.info("the engine's facts have changed: replacing the model card")
-            await unregister_model(self._generate)
         if card != self._card:
+            if self._card:
+                logging.info("the engine's facts have changed: replacing the model card")
+                self._card = ""
+                await unregister_model(self._generate)
             await self._register_model(welcome)
             self._card = card
-        if not first:
+        if self._withdrawn:
             await self._generate.register_endpoint_instance()
+            self._withdrawn = False
         if self._gauges is not None:
             self._gauges.set_model_load_time(welcome.facts.load_seconds)
 
     async def withdraw(self) -> None:
         """Take this instance out of discovery; requests that a router sent already are still served."""
         await self._generate.unregister_endpoint_instance()
+        self._withdrawn = True
 
     def publish_load(self, use: KvUse) -> None:
         """KV use of one DP rank, under this worker's identity: a router takes it from nobody else."""
@@ -94,9 +102,16 @@ class Identity:
 
     async def close(self) -> None:
         """Leave the cluster. An endpoint is done when its last chunks have left for the frontend: exiting earlier loses them."""
+        self._closing = True
         self._runtime.shutdown()
         if self._serving:
             await asyncio.wait(self._serving, timeout=CLOSE_SECONDS)
+
+    def _served(self, serving: "asyncio.Future[Any]") -> None:
+        if self._closing or serving.cancelled():
+            return
+        self.ended = str(serving.exception() or "an endpoint is not served any more")
+        self.on_end()
 
     async def _serve(self, facts: EngineFacts) -> None:
         registry = CollectorRegistry()
@@ -119,7 +134,7 @@ class Identity:
             serving = asyncio.ensure_future(
                 endpoint.serve_endpoint(handler, graceful_shutdown=True, metrics_labels=labels, **extra)
             )
-            serving.add_done_callback(_served)
+            serving.add_done_callback(self._served)
             self._serving.append(serving)
 
     async def _register_model(self, welcome: Welcome) -> None:
@@ -131,16 +146,16 @@ class Identity:
             dynamo.model_source_uri or facts.model_path,
             facts.served_model_name,
             kv_cache_block_size=facts.block_size,
-            runtime_config=self._runtime_config(welcome),
+            runtime_config=self._runtime_config(welcome.facts),
             custom_template_path=dynamo.custom_jinja_template,
             worker_type=getattr(WorkerType, self._role.worker_type),
             needs=[[getattr(WorkerType, name) for name in group] for group in self._role.needs],
             model_aliases=dynamo.served_model_aliases or None,
         )
 
-    def _runtime_config(self, welcome: Welcome) -> ModelRuntimeConfig:
+    def _runtime_config(self, facts: EngineFacts) -> ModelRuntimeConfig:
         """The card's runtime configuration, as dynamo.sglang 1.6.1 fills it (register.py, get_runtime_config)."""
-        facts, dynamo = welcome.facts, self._config.dynamo
+        dynamo = self._config.dynamo
         config = ModelRuntimeConfig()
         config.context_length = facts.context_length
         config.total_kv_blocks = facts.total_kv_blocks
@@ -163,7 +178,8 @@ class Identity:
             config.set_engine_specific("default_thinking_mode", json.dumps(dynamo.default_thinking_mode))
         if self._config.agents > 1:
             # N instances over one engine must count as one engine's capacity (dynamo.sglang, gateway.py).
-            engine = f"{socket.gethostname()}:{self._config.runtime_dir}:{welcome.incarnation}"
+            # Without the incarnation: an agent that comes back later must name the same engine as its siblings' cards do.
+            engine = f"{socket.gethostname()}:{self._config.runtime_dir}"
             config.set_engine_specific("dynamo.sglang.gateway_engine", json.dumps(engine))
             config.set_engine_specific("dynamo.sglang.gateway_workers", json.dumps(self._config.agents))
         apply_topology_config(config)
@@ -174,11 +190,6 @@ def _card_key(facts: EngineFacts) -> str:
     """What of the facts is on the card, as text to compare."""
     skip = ("load_seconds", "metrics_dir", "version")
     return json.dumps({name: getattr(facts, name) for name in facts.__struct_fields__ if name not in skip}, sort_keys=True)
-
-
-def _served(serving: "asyncio.Future[Any]") -> None:
-    if not serving.cancelled() and serving.exception() is not None:
-        logging.error("an endpoint is not served any more: %s", serving.exception())
 
 
 def _free_port() -> int:

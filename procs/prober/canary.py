@@ -7,13 +7,15 @@ from collections.abc import Callable
 from shared.config import NodeConfig
 from shared.engine_client import EngineClient
 from shared.errors import RequestError
-from shared.frames import Beat, Verdict
+from shared.frames import Beat, Verdict, Welcome
 from shared.roles.role import Role
 
 FIRST_SECONDS = 600.0
 """For the first canary of an incarnation: it may compile kernels."""
 STRIKES = 2
 """Failures in a row before an engine that was healthy is not."""
+OWN_STEPS = 2
+"""Engine steps that a canary itself makes at most: so few in a whole interval still mean an idle engine."""
 
 
 class Canary:
@@ -23,57 +25,69 @@ class Canary:
         self._config = config
         self._role = role
         self._client = client
+        self._client.on_change = self._wake
         self._said = said
         self._strikes = 0
-        self._steps = -1.0
+        self._changed = asyncio.Event()
         self.engine: Beat | None = None
         self.verdict: Verdict | None = None
 
+    def _wake(self) -> None:
+        self._changed.set()
+
     async def run(self) -> None:
         """For ever: a canary at once for a new incarnation, later only for an engine that makes no steps."""
+        judged: Welcome | None = None
         while True:
+            self._changed.clear()
             welcome = self._client.welcome
             if welcome is None:
-                await asyncio.sleep(0.05)
+                await self._changed.wait()
                 continue
-            first = self.verdict is None or self.verdict.incarnation != welcome.incarnation
-            if not first:
-                await asyncio.sleep(self._config.canary_wait)
-                if self._client.welcome is not welcome or self._progressed():
+            if welcome is judged:
+                before = self._steps
+                if await self._disturbed(self._config.canary_wait) or self._steps - before > OWN_STEPS:
                     continue
-            self._progressed()
-            problem = await self._probe(FIRST_SECONDS if first else self._config.canary_timeout)
+            before = self._steps
+            problem = await self._probe(welcome, FIRST_SECONDS if welcome is not judged else self._config.canary_timeout)
             if self._client.welcome is not welcome:
                 continue
-            # A long prefill or a full queue may keep a canary waiting while the engine works: that is not a failure.
-            if problem and self._progressed():
-                problem = ""
+            judged = welcome
+            if problem and self._steps - before > OWN_STEPS:
+                # A long prefill or a full queue may keep a canary waiting while the engine works: that proves nothing.
+                logging.info("%s, but the engine works", problem)
+                continue
             self._judge(welcome.incarnation, problem)
 
-    def _progressed(self) -> bool:
-        """True when the engine has made steps since the last look."""
-        steps = self.engine.numbers.get("steps", 0.0) if self.engine is not None else 0.0
-        before, self._steps = self._steps, steps
-        return steps != before
+    @property
+    def _steps(self) -> float:
+        return self.engine.numbers.get("steps", 0.0) if self.engine is not None else 0.0
 
-    async def _probe(self, seconds: float) -> str:
+    async def _disturbed(self, seconds: float) -> bool:
+        """Wait; True when the engine came or went meanwhile."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _probe(self, welcome: Welcome, seconds: float) -> str:
         """Send one canary; the problem, or nothing."""
-        welcome = self._client.welcome
-        assert welcome is not None
         stream = None
         try:
             async with asyncio.timeout(seconds):
                 stream = self._client.submit(self._role.canary(welcome.facts))
                 async for output in stream:
                     if output.token_ids:
-                        stream.abort()
                         return ""
         except TimeoutError:
-            if stream is not None:
-                stream.abort()
             return f"a canary had no token within {seconds:.0f} s"
         except RequestError as error:
             return f"a canary failed: {error.message}"
+        finally:
+            if stream is not None:
+                stream.abort()
         return "a canary ended without a token"
 
     def _judge(self, incarnation: int, problem: str) -> None:

@@ -72,8 +72,8 @@ class Prober:
                 self.board.hear(frame)
                 if frame.process == "engine":
                     self._canary.engine = frame
-                    if self._config.node_rank == 0:
-                        self._client.hear_beat(frame)
+                if self._config.node_rank == 0:
+                    self._client.hear_beat(frame)
             case Death():
                 self._client.hear_death(frame)
             case Intent():

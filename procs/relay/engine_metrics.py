@@ -1,16 +1,15 @@
 """SGLang's own metrics, ``sglang:*``, read from its multiprocess directory without importing SGLang."""
 
-import re
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from procs.relay.text import labelled
 from shared.config import NodeConfig
 from shared.frames import Beat
 
 PREFIX = "sglang:"
-SAMPLE = re.compile(r"^([^\s{]+)(?:\{(.*)\})?( .*)$")
 
 
 def render(config: NodeConfig, engine: Beat | None) -> str:
@@ -41,20 +40,5 @@ def _text(directory: Path, labels: dict[str, str]) -> str:
             if line.split(" ", 3)[2].startswith(PREFIX):
                 lines.append(line)
         elif line.startswith(PREFIX):
-            lines.append(_labelled(line, labels))
+            lines.append(labelled(line, labels))
     return "\n".join(lines) + "\n"
-
-
-def _labelled(line: str, labels: dict[str, str]) -> str:
-    """Add the labels that the sample doesn't have: those of the source win (dynamo.common.utils.prometheus)."""
-    match = SAMPLE.match(line)
-    if match is None:
-        return line
-    name, own, rest = match.groups()
-    more = ",".join(f'{key}="{_escape(value)}"' for key, value in labels.items() if not own or f'{key}="' not in own)
-    joined = ",".join(part for part in (own, more) if part)
-    return f"{name}{{{joined}}}{rest}"
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -1,5 +1,7 @@
 """The node's own metrics, ``sgnode_*``, from the processes' beats."""
 
+import re
+
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from shared.config import NodeConfig
@@ -7,6 +9,8 @@ from shared.frames import KvUse
 from shared.state import LOST, Board, State
 
 STATES = (*State, LOST)
+KEY = re.compile(r"[a-z][a-z0-9_]*")
+TAKEN = ("process_state", "incarnation", "kv_used_blocks", "kv_total_blocks")
 
 
 def render(config: NodeConfig, board: Board, use: dict[int, KvUse]) -> str:
@@ -23,6 +27,8 @@ def render(config: NodeConfig, board: Board, use: dict[int, KvUse]) -> str:
             state.labels(name, each).set(float(each == now))
         beat = board.beat(name)
         for key, value in (beat.numbers if beat else {}).items():
+            if not KEY.fullmatch(key) or key in TAKEN:
+                continue  # a beat of a newer version must not spoil the scrape
             if key not in gauges:
                 gauges[key] = Gauge(f"sgnode_{key}", HELP.get(key, key), ["process"], registry=registry)
             gauges[key].labels(name).set(value)
@@ -39,7 +45,7 @@ def render(config: NodeConfig, board: Board, use: dict[int, KvUse]) -> str:
 
 HELP = {
     "inflight": "Requests running",
-    "requests": "Requests taken in this process's life",
+    "streams_total": "Requests taken in this process's life",
     "registered": "1 while this agent is in discovery",
     "steps": "Step frames sent by the engine",
     "tokens": "Tokens handed to peers by the engine",

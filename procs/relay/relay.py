@@ -1,6 +1,7 @@
 """The relay's loop: node state in, KV use and metrics out. It never touches a request."""
 
 import asyncio
+import logging
 import signal
 from typing import Any
 
@@ -10,7 +11,7 @@ import zmq
 from procs.relay import engine_metrics, node_metrics, remote, text
 from shared import sockets
 from shared.config import NodeConfig
-from shared.frames import AnyState, Beat, KvUse, MetricsText, Scrape
+from shared.frames import AnyState, Beat, Death, KvUse, MetricsText, Scrape
 from shared.heart import Heart
 from shared.sockets import Decoder, LoopSocket, encode
 from shared.state import Board, State
@@ -25,6 +26,7 @@ class Relay:
         self._use: dict[int, KvUse] = {}
         self._heart = Heart(config.path, "relay")
         self._scrapes: set[asyncio.Task[None]] = set()
+        self._reading: asyncio.Future[str] | None = None
 
     async def run(self) -> None:
         """Until SIGTERM."""
@@ -39,6 +41,7 @@ class Relay:
         states = LoopSocket(sockets.subscriber(context, self._config.path, others), self._hear)
         self._metrics = LoopSocket(sockets.router(context, self._config.path, sockets.METRICS), self._scrape_asked)
         self._heart.numbers = self._numbers
+        self._heart.repeat = lambda: list(self._use.values())
         self._heart.start()
         self._heart.set(State.READY)
         await end.wait()
@@ -58,13 +61,16 @@ class Relay:
         match frame:
             case Beat():
                 self._board.hear(frame)
+            case Death():
+                self._forget_use(frame.incarnation + 1)
             case KvUse():
-                # What an engine used is gone with it.
-                stale = [rank for rank, use in self._use.items() if use.incarnation != frame.incarnation]
-                for rank in stale:
-                    del self._use[rank]
+                self._forget_use(frame.incarnation)
                 self._use[frame.dp_rank] = frame
                 self._heart.publish(frame)
+
+    def _forget_use(self, before: int) -> None:
+        """What an engine used is gone with it: drop what incarnations below ``before`` said."""
+        self._use = {rank: use for rank, use in self._use.items() if use.incarnation >= before}
 
     def _scrape_asked(self, parts: list[bytes]) -> None:
         if len(parts) != 2:
@@ -79,15 +85,28 @@ class Relay:
     async def _scrape(self, identity: bytes, number: int) -> None:
         self._board.hear(msgspec.structs.replace(self._heart.beat, numbers=self._numbers()))
         texts = [node_metrics.render(self._config, self._board, self._use)]
-        urls = [
-            beat.info["metrics_url"]
+        agents = [
+            (beat.info["metrics_url"], beat.info["worker_id"])
             for name in self._config.agent_names
-            if (beat := self._board.beat(name)) is not None and "metrics_url" in beat.info
+            if (beat := self._board.beat(name)) is not None and beat.info.keys() >= {"metrics_url", "worker_id"}
         ]
-        engine = asyncio.to_thread(engine_metrics.render, self._config, self._board.beat("engine"))
-        found = await asyncio.gather(engine, *(remote.fetch(url) for url in urls))
+        found = await asyncio.gather(self._engine_text(), *(remote.fetch(url, worker_id) for url, worker_id in agents))
         merged = text.merge([*texts, *found])
         try:
             self._metrics.send([identity, encode(MetricsText(number, merged))])
         except zmq.ZMQError:
             return  # the prober that asked is gone
+
+    async def _engine_text(self) -> str:
+        """SGLang's metrics; empty when reading them takes too long. A reading that hangs is not begun twice."""
+        if self._reading is None or self._reading.done():
+            engine = self._board.beat("engine")
+            self._reading = asyncio.ensure_future(asyncio.to_thread(engine_metrics.render, self._config, engine))
+        await asyncio.wait([self._reading], timeout=remote.FETCH_SECONDS)
+        if not self._reading.done():
+            logging.warning("SGLang's metrics could not be read within %.1f s", remote.FETCH_SECONDS)
+            return ""
+        if (error := self._reading.exception()) is not None:  # a counter file being written or removed
+            logging.warning("SGLang's metrics: %s", error)
+            return ""
+        return self._reading.result()

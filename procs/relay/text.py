@@ -1,8 +1,11 @@
 """Prometheus text from several sources as one: each family's HELP and TYPE once, its samples together."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 SUFFIXES = ("_bucket", "_sum", "_count", "_total", "_created")
+SAMPLE = re.compile(r"^([^\s{]+)(?:\{(.*)\})?( .*)$")
+LABEL_NAME = re.compile(r"""(\w+)="(?:[^"\\]|\\.)*\"""")
 
 
 def merge(texts: Iterable[str]) -> str:
@@ -24,3 +27,19 @@ def merge(texts: Iterable[str]) -> str:
                 families.setdefault(current, ([], []))[1].append(line)
     lines = [line for heads, samples in families.values() if samples for line in (*heads, *samples)]
     return "\n".join(lines) + "\n" if lines else ""
+
+
+def labelled(line: str, labels: Mapping[str, str]) -> str:
+    """A sample with the labels added that it doesn't have: those of the source win (dynamo.common.utils.prometheus)."""
+    match = SAMPLE.match(line)
+    if match is None:
+        return line
+    name, own, rest = match.groups()
+    there = set(LABEL_NAME.findall(own or ""))
+    more = ",".join(f'{key}="{_escape(value)}"' for key, value in labels.items() if key not in there)
+    joined = ",".join(part for part in ((own or "").rstrip(","), more) if part)
+    return f"{name}{{{joined}}}{rest}"
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
