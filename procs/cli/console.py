@@ -4,6 +4,7 @@ import ctypes
 import http.client
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -22,10 +23,10 @@ STILL_SECONDS = 10.0
 
 def usage(config: NodeConfig) -> str:
     """The URL and a curl line that works as pasted."""
-    system = f"http://{config.system_host}:{config.system_port}"
+    system = _url(config.system_host, config.system_port)
     if not config.frontend:
         return f"serving {config.served_model_name} to the cluster; health and metrics: {system}/health {system}/metrics"
-    url = f"http://{config.http_host}:{config.http_port}"
+    url = _url(config.http_host, config.http_port)
     body = {
         "model": config.served_model_name,
         "messages": [{"role": "user", "content": "Hello"}],
@@ -34,8 +35,14 @@ def usage(config: NodeConfig) -> str:
     }
     return (
         f"ready: {url}/v1   (health: {system}/health, metrics: {system}/metrics)\n"
-        f"try:   curl -sN {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+        f"try:   curl -sN {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
     )
+
+
+def _url(host: str, port: int) -> str:
+    """A URL that reaches a server bound to that address from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def document(config: NodeConfig) -> dict[str, Any]:

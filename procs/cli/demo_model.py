@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 from procs.cli.flags import Parser
@@ -29,15 +30,20 @@ def main(argv: list[str]) -> int:
     made.add_argument("directory", type=Path, metavar="DIR")
     made.add_argument("--arch", choices=("llama", "qwen3"), default="llama", help="architecture (default: %(default)s)")
     found = made.parse_args(argv)
-    target: Path = found.directory
+    target: Path = found.directory.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise NodeError(f"DIR {target}: exists and is not an empty directory")
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Made beside it and renamed: an interrupted run leaves no half of a model.
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
+            made_in = Path(place) / "model"
+            made_in.mkdir()
+            write(made_in, found.arch)
+            made_in.rename(target)
     except OSError as error:
         raise NodeError(f"DIR {target}: {error.strerror}") from error
-    write(target, found.arch)
-    print(f"{target}: a tiny {found.arch} with random weights; try `sgnode serve {target}`")
+    print(f"{found.directory}: a tiny {found.arch} with random weights; try `sgnode serve {found.directory}`")
     return 0
 
 

@@ -1,7 +1,6 @@
 """The node's own flags of `sgnode serve`, the YAML file, and what is left for SGLang and Dynamo."""
 
 import argparse
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +54,10 @@ class NodeFlags:
     synthetic: Synthetic | None
     console: bool
     worker_argv: list[str]
+    """Arguments of the command line that are not the node's."""
+    worker_file: dict[str, Any]
+    """Values of the YAML file that are not the node's, by flag; the command line goes before them."""
+    config_file: str
 
 
 def _port(text: str) -> int:
@@ -82,7 +85,10 @@ def _seconds(text: str) -> float:
 
 def _synthetic(text: str) -> Synthetic:
     try:
-        return msgspec.convert(dict(item.split("=", 1) for item in text.split(",") if item), Synthetic, strict=False)
+        dials = dict(item.split("=", 1) for item in text.split(",") if item)
+        if unknown := dials.keys() - set(Synthetic.__struct_fields__):
+            raise ValueError(f"no such dial: {min(unknown)}")
+        return msgspec.convert(dials, Synthetic, strict=False)
     except (ValueError, msgspec.ValidationError) as error:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE,...: {error}") from error
 
@@ -139,18 +145,22 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
     return made
 
 
-def _system_port(environ: Mapping[str, str]) -> int:
+def _system_port(environ: Mapping[str, str]) -> str:
+    # Negative means "disabled" to Dynamo 1.6.1; this port is the node's own and always there. A string is checked like a flag.
     text = environ.get("DYN_SYSTEM_PORT", "")
-    # -1 means "disabled" to Dynamo 1.6.1; this port is the node's own and always there.
-    return int(text) if text.isdigit() else 9090
+    return "9090" if not text or text.startswith("-") else text
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> NodeFlags:
     """Split the arguments of `sgnode serve`. Raises NodeError naming the flag or the field."""
     made = parser(environ)
-    config, _ = _config_only(argv)
-    arguments = [*(_from_yaml(config, made) if config else []), *_model_flag(list(argv))]
-    found, rest = made.parse_known_args(arguments)
+    file, written = _config_file(argv)
+    known = set(made._option_string_actions)
+    ours = [part for flag, value in written.items() if flag in known for part in _arguments(flag, value)]
+    found, rest = made.parse_known_args(ours)
+    if rest:
+        raise NodeError(f"--config {file}: {rest[0]}: expected one value")
+    found, rest = made.parse_known_args(_model_flag(argv), found)
     return NodeFlags(
         name=_name(found.name),
         runtime_dir=found.runtime_dir,
@@ -168,7 +178,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> NodeF
         group_key_file=found.group_key_file,
         synthetic=found.synthetic,
         console=found.console,
-        worker_argv=rest,
+        worker_argv=_model_flag(rest),
+        worker_file={flag: value for flag, value in written.items() if flag not in known},
+        config_file=file,
     )
 
 
@@ -178,22 +190,20 @@ def _name(text: str) -> str:
     return text
 
 
-def _config_only(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    made = Parser(add_help=False, allow_abbrev=False)
-    made.add_argument("--config")
-    found, rest = made.parse_known_args(list(argv))
-    return found.config, rest
-
-
-def _model_flag(argv: list[str]) -> list[str]:
+def _model_flag(argv: Sequence[str]) -> list[str]:
     """``MODEL`` as the first argument means ``--model-path MODEL``."""
     if argv and not argv[0].startswith("-"):
-        return ["--model-path", argv[0], *argv[1:]]
-    return argv
+        return ["--model-path", *argv]
+    return list(argv)
 
 
-def _from_yaml(file: str, made: Parser) -> list[str]:
-    """A YAML mapping as arguments, in the file's order."""
+def _config_file(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """--config and what is in it, by flag, in the file's order; ("", {}) without one."""
+    made = Parser(add_help=False, allow_abbrev=False)
+    made.add_argument("--config", default="")
+    file: str = made.parse_known_args(list(argv))[0].config
+    if not file:
+        return "", {}
     import yaml
 
     try:
@@ -202,30 +212,25 @@ def _from_yaml(file: str, made: Parser) -> list[str]:
         raise NodeError(f"--config {file}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise NodeError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from error
-    if loaded is None:
-        return []
-    if not isinstance(loaded, dict):
+    if not isinstance(loaded, dict | None):
         raise NodeError(f"--config {file}: expected a mapping of flags to values, got {type(loaded).__name__}")
-    arguments: list[str] = []
-    for key, value in loaded.items():
-        arguments += _argument(str(key), value, file)
-    return arguments
+    written = {_flag(str(key)): value for key, value in (loaded or {}).items()}
+    if "--config" in written:
+        raise NodeError(f"--config {file}: config: a configuration file can't name another one")
+    return file, written
 
 
-def _argument(key: str, value: Any, file: str) -> list[str]:
-    flag = "--" + key.lstrip("-").replace("_", "-")
-    if key in ("model", "MODEL"):
-        flag = "--model-path"
-    if key == "config":
-        raise NodeError(f"--config {file}: a configuration file can't name another one")
+def _flag(key: str) -> str:
+    return "--model-path" if key in ("model", "MODEL") else "--" + key.lstrip("-").replace("_", "-")
+
+
+def _arguments(flag: str, value: Any) -> list[str]:
+    """A value of the file as arguments of one of the node's own flags."""
     match value:
-        case None | False:
-            # A switch that is off is left out; only the node's own switches have a negative form.
-            return [f"--no-{flag[2:]}"] if flag in ("--frontend", "--console") and value is False else []
-        case True:
-            return [flag]
+        case None:
+            return []
+        case bool():
+            return [flag if value else f"--no-{flag[2:]}"]
         case dict():
-            return [flag, json.dumps(value)]
-        case list():
-            return [flag, *(str(item) for item in value)]
+            return [flag, ",".join(f"{key}={item}" for key, item in value.items())]
     return [flag, str(value)]

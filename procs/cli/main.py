@@ -1,5 +1,6 @@
 """The `sgnode` command: finds the subcommand, prints an error as one line, exits 2."""
 
+import os
 import sys
 from importlib.metadata import version
 
@@ -12,7 +13,7 @@ SGLang on a GPU server as a supervised node of a Dynamo cluster.
 
   serve [MODEL] [flags]   run a node in the foreground; takes every flag of `python -m dynamo.sglang`
   status [--json]         its state, and each process's with what it waits for (exit 0 ready, 3 not running, 4 otherwise)
-  stop                    drain it and stop it; returns when it is gone
+  stop [--now]            drain it and stop it; returns when it is gone
   show-config             the configuration that it runs with
   ctl ...                 supervisorctl on it: `sgnode ctl status`, `sgnode ctl restart agent`, `sgnode ctl tail -f engine`
   demo-model DIR          make a tiny model with random weights, to try a node without a download
@@ -44,6 +45,10 @@ def run(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # The reader of a pipe has left (`sgnode status | head -1`); the interpreter shall not try to flush to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _command(name: str, argv: list[str]) -> int:

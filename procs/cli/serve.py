@@ -1,5 +1,6 @@
 """`sgnode serve`: checks everything, writes the runtime directory, then becomes supervisord."""
 
+import errno
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -45,76 +47,131 @@ def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         flags.parser().print_help()
         return 0
+    if "--version" in argv:
+        print(f"sgnode {version('sgnode')}")
+        return 0
     if "--help-all" in argv:
         flags.parser().print_help()
-        print("\n" + _check_child({"help": True})["help"])
+        print("\n" + _check_child({"help": True}, dict(os.environ))["help"])
         return 0
     found = flags.parse(argv)
     directory = (found.runtime_dir or runtime_dir.default(found.name)).absolute()
     runtime_dir.check_length(directory, ["coordinator", *(f"agent:{i}" for i in range(found.agents))])
-    model = _model(found.worker_argv)
-    if model is None:
-        raise NodeError("MODEL: expected a model directory or name as the first argument (or --model-path)")
-    if found.synthetic is None and re.match(r"[./~]", model) and not Path(model).expanduser().is_dir():
-        raise NodeError(f"MODEL {model}: no such directory")
-    lock = runtime_dir.claim(directory, found.name)
+    _check_files(found)
+    claim = runtime_dir.claim(directory, found.name)
     try:
-        config = resolve(found, directory)
-    except BaseException:
-        runtime_dir.abandon(directory, lock)
+        environ, notes = _hardware(found)
+        config = resolve(found, directory, environ)
+        claim.prepare()
+        configuration.save(config)
+        (directory / SUPERVISOR_CONF).write_text(process_tree(config))
+        _start(config, claim, _environment(config, environ), found.console, notes)
+    except BaseException as error:
+        claim.abandon()
+        if isinstance(error, OSError):
+            raise NodeError(f"--runtime-dir {directory}: {error.strerror or error}") from error
         raise
-    runtime_dir.prepare(directory)
-    configuration.save(config)
-    (directory / SUPERVISOR_CONF).write_text(process_tree(config))
-    environ = _environment(config)
-    os.set_inheritable(lock, True)
-    if found.console and "NOTIFY_SOCKET" not in os.environ:
-        # A child of the process that is about to become supervisord; it leaves with it.
-        subprocess.Popen([sys.executable, "-m", "procs.cli.console"], env=environ, stdin=subprocess.DEVNULL)
-    os.umask(0o077)
-    argv = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(directory / SUPERVISOR_CONF)]
-    sys.stdout.flush()
-    os.execve(sys.executable, argv, environ)
     return 1  # not reached: execve does not return
 
 
-def _model(argv: list[str]) -> str | None:
+def _start(config: NodeConfig, claim: runtime_dir.Claim, environ: dict[str, str], console: bool, notes: list[str]) -> None:
+    """Become supervisord. The lock's descriptor goes with it, so that the lock lives as long as supervisord."""
+    for note in notes:
+        print(f"sgnode: {note}")
+    sys.stdout.flush()
+    os.umask(0o077)
+    os.set_inheritable(claim.lock, True)
+    # Under systemd nobody reads a console, and the main pid is the only one that may speak.
+    child = None
+    if console and "NOTIFY_SOCKET" not in os.environ:
+        child = subprocess.Popen([sys.executable, "-m", "procs.cli.console"], env=environ, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(config.path / SUPERVISOR_CONF)]
+    try:
+        os.execve(sys.executable, command, environ)
+    except OSError:
+        if child is not None:
+            child.kill()
+        raise
+
+
+def _check_files(found: NodeFlags) -> None:
+    """What can be seen to be missing without asking SGLang. Raises NodeError naming the argument."""
+    model = _given(found, "--model-path", "--model")
+    if model is None and not _has(found, "--disagg-config") and "DYN_SGL_DISAGG_CONFIG" not in os.environ:
+        raise NodeError("MODEL: expected a model directory or name as the first argument (or --model-path)")
+    # NAME and OWNER/NAME may be on a hub; anything else that looks like a path is one.
+    if model is not None and found.synthetic is None and _is_path(model) and not Path(model).exists():
+        raise NodeError(f"MODEL {model}: no such directory")
+    if found.group_key_file is not None and not Path(found.group_key_file).is_file():
+        raise NodeError(f"--group-key-file {found.group_key_file}: no such file")
+
+
+def _is_path(model: str) -> bool:
+    return "://" not in model and (model[0:1] in "./~" or model.endswith("/") or model.count("/") > 1)
+
+
+def _given(found: NodeFlags, *names: str) -> str | None:
+    """The value that a worker flag has in the end: the last on the command line, else the file's."""
+    value = next((str(found.worker_file[name]) for name in names if found.worker_file.get(name) is not None), None)
+    argv = found.worker_argv
     for index, argument in enumerate(argv):
-        flag, equals, value = argument.partition("=")
-        if flag in ("--model-path", "--model"):
-            return value if equals else (argv[index + 1] if index + 1 < len(argv) else None)
-    return None
+        flag, equals, after = argument.partition("=")
+        if flag in names:
+            value = after if equals else (argv[index + 1] if index + 1 < len(argv) else None)
+    return value
 
 
-def resolve(found: NodeFlags, directory: Path) -> NodeConfig:
-    """The whole configuration, ports bound to numbers. Raises NodeError."""
-    has = {argument.partition("=")[0] for argument in found.worker_argv}
-    argv = list(found.worker_argv)
-    if "--discovery-backend" not in has and "DYN_DISCOVERY_BACKEND" not in os.environ:
-        argv += ["--discovery-backend", "file"]
-    # Ports first: a wrong one is found in milliseconds, the child takes seconds.
-    wanted = found.http_port if found.frontend is not False else 0
-    http_port = _port("--http-port", found.http_host, wanted)
-    system_port = _port("--system-port", found.system_host, found.system_port)
+def _has(found: NodeFlags, flag: str) -> bool:
+    return flag in found.worker_file or any(argument.partition("=")[0] == flag for argument in found.worker_argv)
+
+
+def _hardware(found: NodeFlags) -> tuple[dict[str, str], list[str]]:
+    """The environment for SGLang on this host, and what to say about it; without a GPU, CPU_DEFAULTS join the arguments."""
     if found.synthetic is not None:
-        worker = _synthetic_worker(argv)
+        return dict(os.environ), []
+    notes = []
+    if not has_gpu() and not _has(found, "--device"):
+        added = [part for flag, values in CPU_DEFAULTS.items() if not _has(found, flag) for part in (flag, *values)]
+        found.worker_argv += added
+        notes.append(f"no GPU here, so these are added (pass --device to choose yourself): {' '.join(added)}")
+    return engine_environment(_given(found, "--device")), notes
+
+
+def engine_environment(device: str | None = None) -> dict[str, str]:
+    """The environment of this process, with what SGLang needs to run on a CPU if that is the device (None: this host's)."""
+    environ = dict(os.environ)
+    if device == "cpu" or (device is None and not has_gpu()):
+        environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    return environ
+
+
+def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeConfig:
+    """The whole configuration, ports bound to numbers. ``environ``: what SGLang gets. Raises NodeError."""
+    discovery = _given(found, "--discovery-backend") or environ.get("DYN_DISCOVERY_BACKEND")
+    if discovery is None:
+        discovery = "file"
+        found.worker_argv += ["--discovery-backend", discovery]
+    wants_frontend = found.frontend if found.frontend is not None else discovery == "file"
+    # Ports first: a wrong one is found in milliseconds, the child takes seconds.
+    http_port, system_port = _ports(found, wants_frontend)
+    if found.synthetic is not None:
+        worker = _synthetic_worker(found)
     else:
-        if not has_gpu() and "--device" not in has:
-            argv += [part for flag, values in CPU_DEFAULTS.items() if flag not in has for part in (flag, *values)]
-        worker = _check_child({"argv": argv})
+        request = {"argv": found.worker_argv, "file": found.worker_file, "config_file": found.config_file}
+        if found.console:
+            print("sgnode: checking the configuration with SGLang's own parser (some seconds)", flush=True)
+        worker = _check_child(request, environ)
     dynamo = msgspec.convert(worker.pop("dynamo"), configuration.Dynamo)
     roles.find(worker["role"])
-    frontend = found.frontend if found.frontend is not None else dynamo.discovery_backend == "file"
     return NodeConfig(
         name=found.name,
         runtime_dir=str(directory),
         version=version("sgnode"),
         engine="sglang" if found.synthetic is None else "synthetic",
         synthetic=found.synthetic,
-        worker_argv=argv,
         dynamo=dynamo,
         agents=found.agents,
-        frontend=frontend and worker.get("node_rank", 0) == 0,
+        frontend=wants_frontend and worker.get("node_rank", 0) == 0,
         http_host=found.http_host,
         http_port=http_port,
         system_host=found.system_host,
@@ -134,35 +191,43 @@ def has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
 
 
-def _port(flag: str, host: str, port: int) -> int:
-    """The port, or a free one for 0. Raises NodeError naming the flag when it is taken."""
+def _ports(found: NodeFlags, frontend: bool) -> tuple[int, int]:
+    """The frontend's and the system port, 0 made a number. Raises NodeError naming the flag of one that is taken."""
+    system = _bound("--system-port", "DYN_SYSTEM_HOST", found.system_host, found.system_port)
+    if not frontend:
+        with system:
+            return found.http_port or 8000, int(system.getsockname()[1])
+    # Both are bound at once, so that they differ.
+    with system, _bound("--http-port", "--http-host", found.http_host, found.http_port) as http:
+        return int(http.getsockname()[1]), int(system.getsockname()[1])
+
+
+def _bound(flag: str, host_flag: str, host: str, port: int) -> socket.socket:
+    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            return int(probe.getsockname()[1])
+        probe.bind((host, port))
+        probe.listen(1)
     except OSError as error:
+        probe.close()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise NodeError(f"{host_flag} {host}: not an address of this machine") from error
         raise NodeError(f"{flag} {port}: {error.strerror} on {host}; pass another port, or 0 for any free one") from error
+    return probe
 
 
-def engine_environment() -> dict[str, str]:
-    """The environment of this process, with what SGLang needs on a host without a GPU."""
-    environ = dict(os.environ)
-    if not has_gpu():
-        environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-    return environ
-
-
-def _check_child(request: dict[str, Any]) -> dict[str, Any]:
+def _check_child(request: dict[str, Any], environ: dict[str, str]) -> dict[str, Any]:
     """Ask procs.engine.check. Raises NodeError with its one line."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "procs.engine.check"],
-        input=json.dumps(request),
-        env=engine_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    # SGLang and Dynamo leave files in TMPDIR when they are only asked to parse.
+    with tempfile.TemporaryDirectory(prefix="sgnode-check-") as temporary:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "procs.engine.check"],
+            input=json.dumps(request, default=str),
+            env={**environ, "TMPDIR": temporary},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except json.JSONDecodeError as error:
@@ -173,15 +238,17 @@ def _check_child(request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _synthetic_worker(argv: list[str]) -> dict[str, Any]:
-    """What the check child resolves, for the synthetic engine: Dynamo's defaults and three flags."""
+def _synthetic_worker(found: NodeFlags) -> dict[str, Any]:
+    """What the check child resolves, for the synthetic engine: Dynamo's defaults and four flags."""
     made = flags.Parser(add_help=False, allow_abbrev=False)
     made.add_argument("--model-path", required=True)
     made.add_argument("--served-model-name")
-    made.add_argument("--discovery-backend", default=os.environ.get("DYN_DISCOVERY_BACKEND", "file"))
+    made.add_argument("--discovery-backend", default=os.environ.get("DYN_DISCOVERY_BACKEND"))
     made.add_argument("--namespace", default=os.environ.get("DYN_NAMESPACE", "dynamo"))
+    argv = [*(part for flag, value in found.worker_file.items() for part in (flag, str(value))), *found.worker_argv]
     known = made.parse_args(argv)
     return {
+        "worker_argv": argv,
         "role": "aggregated",
         "model_path": known.model_path,
         "served_model_name": known.served_model_name or known.model_path,
@@ -200,10 +267,10 @@ def process_tree(config: NodeConfig) -> str:
     return "\n\n".join(kept).rstrip("\n") + "\n"
 
 
-def _environment(config: NodeConfig) -> dict[str, str]:
-    """supervisord's environment: what its programs may get, and what supervisor.conf names."""
-    environ = environment.allowed("supervisord", engine_environment())
-    environ.update(
+def _environment(config: NodeConfig, environ: dict[str, str]) -> dict[str, str]:
+    """supervisord's environment: what of ``environ`` its programs may get, and what supervisor.conf names."""
+    result = environment.allowed("supervisord", environ)
+    result.update(
         {
             RUNTIME_DIR_VARIABLE: config.runtime_dir,
             "SGNODE_PYTHON": sys.executable,
@@ -214,5 +281,5 @@ def _environment(config: NodeConfig) -> dict[str, str]:
         }
     )
     if config.dynamo.discovery_backend == "file":
-        environ.setdefault("DYN_FILE_KV", f"{config.runtime_dir}/{DISCOVERY_DIR}")
-    return environ
+        result.setdefault("DYN_FILE_KV", f"{config.runtime_dir}/{DISCOVERY_DIR}")
+    return result

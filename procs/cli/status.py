@@ -4,23 +4,31 @@ import argparse
 import http.client
 import json
 import os
+import re
+import select
 import signal
 import sys
-import time
+import xmlrpc.client
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from procs.cli import runtime_dir
 from procs.cli.flags import Parser
 from shared import config as configuration
 from shared import supervisord
-from shared.config import CONFIG_FILE, SUPERVISOR_CONF
+from shared.config import SUPERVISOR_CONF
 from shared.errors import NodeError
 from shared.state import State
 from shared.table import render
 
 READY, NOT_RUNNING, OTHERWISE = 0, 3, 4
 """Exit codes of `sgnode status`."""
+GONE = (OSError, http.client.HTTPException)
+"""What a call to a supervisord raises that isn't there, or leaves in mid-answer."""
+SECRET = re.compile(r"--(.*-)?(api-key|password|secret|auth-token|access-token)$")
+"""Worker flags whose value `show-config` does not print."""
 
 
 def _parser(command: str, description: str) -> Parser:
@@ -35,8 +43,11 @@ def _directory(found: argparse.Namespace) -> Path:
 
 
 def _document(directory: Path) -> dict[str, Any]:
-    """The status document. Raises OSError or HTTPException when no node answers."""
-    document: dict[str, Any] = json.loads(supervisord.call(directory, "sgnode.node", timeout=5.0))
+    """The status document. Raises one of GONE when no node answers, NodeError when what answers is not one."""
+    try:
+        document: dict[str, Any] = json.loads(supervisord.call(directory, "sgnode.node", timeout=5.0))
+    except (xmlrpc.client.Error, ValueError) as error:
+        raise NodeError(f"{directory}: supervisord answers, but not as a node: {error}") from error
     return document
 
 
@@ -47,11 +58,12 @@ def status(argv: list[str]) -> int:
     found = made.parse_args(argv)
     try:
         directory = _directory(found)
-        document = _document(directory)
     except NodeError as error:
         print(error, file=sys.stderr)
         return NOT_RUNNING
-    except (OSError, http.client.HTTPException):
+    try:
+        document = _document(directory)
+    except GONE:
         print(f"no node is running in {directory}", file=sys.stderr)
         return NOT_RUNNING
     print(json.dumps(document) if found.json else render(document))
@@ -61,41 +73,66 @@ def status(argv: list[str]) -> int:
 def stop(argv: list[str]) -> int:
     """Ask the node to drain and stop, show how it goes, return when it is gone."""
     made = _parser("stop", "Drain the node and stop it: running streams finish, up to --drain-timeout. 0 when it is gone.")
-    made.parse_args(argv)
+    made.add_argument("--now", action="store_true", help="end running streams at once; a frontend may continue them elsewhere")
     found = made.parse_args(argv)
     directory = _directory(found)
     try:
-        pid = int(_document(directory)["supervisord_pid"])
-        descriptor = os.pidfd_open(pid)
-    except (OSError, http.client.HTTPException) as error:
+        descriptor = os.pidfd_open(int(_document(directory)["supervisord_pid"]))
+        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+    except PermissionError as error:
+        raise NodeError(f"the node in {directory} belongs to another user") from error
+    except GONE as error:
         raise NodeError(f"no node is running in {directory}") from error
-    signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-    import select
-
-    shown = ""
-    while not select.select([descriptor], [], [], 0.5)[0]:
+    shown, hurried = "", False
+    while not select.select([descriptor], [], [], 0.1 if found.now and not hurried else 0.5)[0]:
         try:
             rows = _document(directory)["processes"]
-        except (OSError, http.client.HTTPException, ValueError):
+        except GONE:
             continue
-        line = next((row["detail"] for row in rows if str(row["detail"]).startswith("draining:")), "stopping")
+        draining = [row for row in rows if str(row["detail"]).startswith("draining:")]
+        if found.now and draining and not hurried:
+            hurried = True
+            _hurry(descriptor, draining)
+        line = draining[0]["detail"] if draining else "stopping"
         if line.split(",")[0] != shown:
             shown = line.split(",")[0]
             print(line, flush=True)
-    # supervisord removes its files as it ends; the lock goes with it.
-    end = time.monotonic() + 5
-    while runtime_dir.running(directory) and time.monotonic() < end:
-        time.sleep(0.02)
     print("stopped", flush=True)
     return 0
 
 
+def _hurry(supervisord_fd: int, draining: list[dict[str, Any]]) -> None:
+    """A second SIGTERM, to supervisord and to the agents: supervisor 4.3 does not pass one on while it stops."""
+    try:
+        signal.pidfd_send_signal(supervisord_fd, signal.SIGTERM)
+        for row in draining:
+            if row["pid"]:
+                os.kill(row["pid"], signal.SIGTERM)
+    except ProcessLookupError:
+        return
+
+
+def _redacted(argv: list[str]) -> list[str]:
+    """Arguments with the secrets' values hidden."""
+    shown: list[str] = []
+    for argument in argv:
+        flag, equals, _value = argument.partition("=")
+        if shown and SECRET.match(shown[-1]):
+            shown.append("***")
+        elif equals and SECRET.match(flag):
+            shown.append(f"{flag}=***")
+        else:
+            shown.append(argument)
+    return shown
+
+
 def show_config(argv: list[str]) -> int:
     """Print the resolved configuration."""
-    found = _parser("show-config", "Print the configuration that the node runs with, as JSON.").parse_args(argv)
-    directory = _directory(found)
-    configuration.load(directory)
-    print((directory / CONFIG_FILE).read_text())
+    found = _parser("show-config", "Print the configuration that the node runs with, as JSON, without secrets.").parse_args(argv)
+    config = configuration.load(_directory(found))
+    document = msgspec.to_builtins(config)
+    document["worker_argv"] = _redacted(config.worker_argv)
+    print(json.dumps(document, indent=2))
     return 0
 
 

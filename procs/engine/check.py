@@ -1,16 +1,19 @@
 """The short-lived child of `sgnode serve` that parses the worker's flags once, with Dynamo's groups and SGLang's parser.
 
-Reads {"argv": [...]} on stdin, writes one JSON object on stdout: the resolved plain values, or {"error": "one line"}.
+Reads {"argv": [...], "file": {flag: value}, "config_file": NAME} on stdin, ``file`` being what a YAML file says; writes one
+JSON object on stdout: the resolved plain values with the merged ``worker_argv``, or {"error": "one line"}.
 """
 
 import argparse
 import asyncio
+import contextlib
 import difflib
+import io
 import json
+import logging
 import os
 import re
 import sys
-import tempfile
 from typing import Any
 
 
@@ -32,9 +35,13 @@ def _parsers() -> list[argparse.ArgumentParser]:
     return [worker, engine]
 
 
-def _unknown(argv: list[str], parsers: list[argparse.ArgumentParser]) -> str:
+def _options() -> dict[str, argparse.Action]:
+    """Every flag, in full, with its action; SGLang's wins, as its parser is asked last."""
+    return {option: action for parser in _parsers() for action in parser._actions for option in action.option_strings}
+
+
+def _unknown(argv: list[str], known: dict[str, argparse.Action]) -> str:
     """The first argument that no parser knows in full, as an error line; empty when there is none."""
-    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     for argument in argv:
         flag = argument.partition("=")[0]
         # A negative number is a value.
@@ -45,33 +52,113 @@ def _unknown(argv: list[str], parsers: list[argparse.ArgumentParser]) -> str:
     return ""
 
 
-def resolve(argv: list[str]) -> dict[str, Any]:
-    """Parse and check. Raises ValueError, SystemExit or whatever the parsers raise."""
-    unknown = _unknown(argv, _parsers())
+def _arguments(flag: str, value: Any, known: dict[str, argparse.Action]) -> list[str]:
+    """A value of the YAML file as arguments. Raises ValueError for a value that the flag can't have."""
+    action = known.get(flag)
+    if action is None:
+        raise ValueError(_unknown([flag], known))
+    is_switch = action.nargs == 0
+    match value:
+        case None:
+            return []
+        case False if is_switch:
+            negative = f"--no-{flag[2:]}"
+            return [negative] if negative in known else []
+        case True if is_switch:
+            return [flag]
+        case bool():
+            return [flag, str(value).lower()]
+        case list() if isinstance(action, argparse._AppendAction):
+            return [part for item in value for part in (flag, str(item))]
+        case list() if action.nargs in ("+", "*"):
+            return [flag, *(str(item) for item in value)] if value else []
+        case list():
+            raise ValueError(f"{flag[2:]}: expected one value, got a list")
+        case dict():
+            return [flag, json.dumps(value)]
+    if is_switch:
+        raise ValueError(f"{flag[2:]}: expected true or false, got {value!r}")
+    return [flag, str(value)]
+
+
+def _merged(request: dict[str, Any], known: dict[str, argparse.Action]) -> list[str]:
+    """The file's values, then the command line, which wins by coming last. Raises ValueError."""
+    written: list[str] = []
+    for flag, value in request.get("file", {}).items():
+        try:
+            written += _arguments(flag, value, known)
+        except ValueError as error:
+            raise ValueError(f"--config {request['config_file']}: {error}") from error
+    unknown = _unknown(request["argv"], known)
     if unknown:
         raise ValueError(unknown)
+    return [*written, *request["argv"]]
+
+
+class _Errors(logging.Handler):
+    """Keeps what is logged as an error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+UNSUPPORTED = {
+    "use_sglang_tokenizer": "--use-sglang-tokenizer",
+    "gateway_workers": "--gateway-workers",
+    "enable_rl": "--enable-rl",
+    "engine_routes": "--engine-route",
+    "frontend_decoding": "--frontend-decoding",
+}
+"""Features of dynamo.sglang that are not built yet: refused at start, never ignored."""
+
+
+def resolve(request: dict[str, Any]) -> dict[str, Any]:
+    """Merge, parse and check. Raises ValueError, SystemExit or whatever the parsers raise."""
+    argv = _merged(request, _options())
     from dynamo.sglang import args
 
     # Weights are fetched by the engine while it loads, where it can be seen and stopped.
     args.should_fetch_model = lambda *_: False
-    config = asyncio.run(args.parse_args(argv))
+    # They say why they give up in their logs, which Dynamo's handler writes past sys.stderr.
+    said = _Errors()
+    loggers = [logging.getLogger(name) for name in (None, "sglang")]
+    for logger in loggers:
+        logger.addHandler(said)
+    try:
+        config = asyncio.run(args.parse_args(argv))
+    except SystemExit as error:
+        if said.lines:
+            raise ValueError(said.lines[-1]) from error
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeHandler(said)
     server, dynamo = config.server_args, config.dynamo_args
+    for field, flag in UNSUPPORTED.items():
+        if getattr(dynamo, field, None):
+            raise ValueError(f"{flag} is not supported by this version of sgnode")
     structural = dynamo.structural_tag
     if structural is not None and not isinstance(structural, dict):
         import msgspec
 
         structural = msgspec.to_builtins(structural) or None
     return {
+        "worker_argv": argv,
         "role": _role(server, dynamo),
         "model_path": server.model_path,
         "served_model_name": server.served_model_name,
         "enable_metrics": bool(server.enable_metrics),
         "tp_size": server.tp_size,
         "dp_size": server.dp_size,
-        "pp_size": server.pp_size,
-        "nnodes": server.nnodes,
-        "node_rank": server.node_rank,
-        "dist_init_addr": server.dist_init_addr,
+        # Dynamo's image and video workers have a stub of SGLang's arguments without these.
+        "pp_size": getattr(server, "pp_size", 1),
+        "nnodes": getattr(server, "nnodes", 1),
+        "node_rank": getattr(server, "node_rank", 0),
+        "dist_init_addr": getattr(server, "dist_init_addr", None),
         "dynamo": {
             "namespace": dynamo.namespace,
             "component": dynamo.component,
@@ -116,37 +203,38 @@ def _role(server: Any, dynamo: Any) -> str:
 
 
 def _line(error: BaseException, noise: str) -> str:
-    """One line for an operator: argparse's own words, the last error that was logged, or the exception's text."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", noise)
+    """One line for an operator: argparse's own words, the exception's text, or the last thing that was printed."""
+    text = " ".join(str(error).split())
     if not isinstance(error, SystemExit):
-        return " ".join(str(error).split()) or type(error).__name__
-    found = re.findall(r"^\S*: error: (.*)$", plain, re.MULTILINE) or re.findall(r"ERROR\s+\S+:\s+(.*)$", plain, re.MULTILINE)
-    said = found or [line for line in plain.splitlines() if line.strip()]
-    return str(said[-1]) if said else f"exit code {error.code}"
+        return text or type(error).__name__
+    found = re.findall(r"error: (.*)", noise)
+    if found:
+        return str(found[-1])
+    said = [line for line in noise.splitlines() if line.strip()]
+    return re.sub(r"\x1b\[[0-9;]*m", "", said[-1]) if said else f"the arguments were refused (exit code {text})"
 
 
-def main() -> int:
-    answer = os.fdopen(os.dup(1), "w")
-    request = json.load(sys.stdin)
-    # Loggers, argparse and native code write to the descriptors: all of it is kept, only a refusal's own words are shown.
-    with tempfile.TemporaryFile() as noise:
-        for descriptor in (1, 2):
-            os.dup2(noise.fileno(), descriptor)
-        try:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """What the parent gets: the resolved values, the parsers' help, or an error line. Never raises."""
+    noise = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(noise), contextlib.redirect_stdout(noise):
             if request.get("help"):
-                result: dict[str, Any] = {"help": "\n".join(parser.format_help() for parser in _parsers())}
-            else:
-                result = resolve(request["argv"])
-        except (Exception, SystemExit) as error:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            noise.seek(0)
-            result = {"error": _line(error, noise.read().decode(errors="replace"))}
-        json.dump(result, answer)
-        answer.flush()
-        # torch's teardown takes a second and has nothing to save.
-        os._exit(0)
+                return {"help": "\n".join(parser.format_help() for parser in _parsers())}
+            return resolve(request)
+    except (Exception, SystemExit) as error:
+        return {"error": _line(error, noise.getvalue())}
+
+
+def main() -> None:
+    # Whatever prints to stdout must not get between the parent and the answer.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    json.dump(answer(json.load(sys.stdin)), out)
+    out.flush()
+    # torch's teardown takes a second and has nothing to save.
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
