@@ -34,6 +34,7 @@ CPU_DEFAULTS = {
     "--mem-fraction-static": ["0.2"],
     "--page-size": ["16"],
     "--skip-server-warmup": [],
+    "--sleep-on-idle": [],
 }
 """On a host without a GPU, for flags that were not given: what SGLang 0.5.23 needs to run there at all."""
 STOP_MARGIN_SECONDS = 15

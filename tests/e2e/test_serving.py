@@ -44,7 +44,7 @@ def test_the_curl_line_of_the_console_works_as_pasted(node: Node) -> None:
     lines = wait_for("curl line", lambda: re.findall(r"curl .*", node.console.read_text()), 10)
     done = subprocess.run(["bash", "-c", lines[0]], capture_output=True, text=True, timeout=60, check=True)
     events = [line[6:] for line in done.stdout.splitlines() if line.startswith("data: ")]
-    assert events[-1] == "[DONE]" and len(events) > 3
+    assert events[-1] == "[DONE]" and len(events) > 1
     assert json.loads(events[0])["object"] == "chat.completion.chunk"
     assert shlex.split(lines[0])[0] == "curl"
 
