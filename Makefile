@@ -30,7 +30,7 @@ ifeq ($(gpu),)
 	@$(pip) torch==2.13.0 $(quiet)
 	$(say) "  2/4 SGLang, Dynamo and what they need"
 	@$(pip) --no-deps -r requirements/cpu.txt $(quiet)
-	# The index has only torchvision's CUDA build; this file of it names operators that CPU torch doesn't have.
+# The index has only torchvision's CUDA build; this file of it names operators that CPU torch doesn't have.
 	@$(bin)/python -c 'import importlib.util as u; open(u.find_spec("torchvision").submodule_search_locations[0] + "/_meta_registrations.py", "w").close()' $(quiet)
 	$(say) "  3/4 the stand-in for SGLang's kernels, test tools"
 	@$(pip) --no-deps -r requirements/dev.txt $(quiet)

@@ -58,7 +58,7 @@ def details(status: dict[str, Any]) -> str:
     """What an operator wants to know of a state that lasts."""
     rows = status.get("processes", [])
     draining = next((row["detail"] for row in rows if str(row.get("detail", "")).startswith("draining:")), "")
-    reason = draining or status.get("reason", "")
+    reason = draining.removeprefix("draining: ") or status.get("reason", "")
     waiting = status.get("waiting_for", "")
     return f"{reason}{'; ' if reason and waiting else ''}{f'waiting for {waiting}' if waiting else ''}"
 
