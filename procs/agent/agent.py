@@ -24,8 +24,10 @@ TICK_SECONDS = 0.5
 """How often deadlines (drain, retries) are looked at; everything else comes as a frame."""
 RETRY_SECONDS = 1.0
 """After discovery refused a registration or a withdrawal."""
-DISCOVERY_SECONDS = 120.0
-"""For one registration or withdrawal: the first one reads the tokenizer, and may fetch it."""
+REGISTER_SECONDS = 120.0
+"""For one registration: the first one reads the tokenizer, and may fetch it."""
+WITHDRAW_SECONDS = 5.0
+"""For one withdrawal: a millisecond's work; a drain goes on without it."""
 
 
 class Agent:
@@ -74,13 +76,15 @@ class Agent:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         names = ["engine", "keeper", "prober", "coordinator", "relay"]
         states = LoopSocket(subscriber(context, config.path, names), self._hear)
-        await self._serve()
-        states.close()
-        context.term()
-        await self._identity.close()
-        self._heart.set(State.STOPPED)
-        self._client.close()
-        self._heart.close()
+        try:
+            await self._serve()
+        finally:
+            states.close()
+            context.term()
+            await self._identity.close()
+            self._heart.set(State.STOPPED)
+            self._client.close()
+            self._heart.close()
 
     def _numbers(self) -> dict[str, float]:
         return {
@@ -172,22 +176,22 @@ class Agent:
         if time.monotonic() < self._retry_at:
             return
         if wanted and not self._registered:
-            await self._discover(self._register())
+            await self._discover(self._register(), REGISTER_SECONDS)
         elif not wanted and self._listed:
             if self._withdrawn_at is None:
                 self._withdrawn_at = time.monotonic()
                 logging.info("withdrawing from discovery: %s", "draining" if self._draining else why)
             self._registered = False
-            await self._discover(self._withdraw())
+            await self._discover(self._withdraw(), WITHDRAW_SECONDS)
 
-    async def _discover(self, call: Coroutine[Any, Any, None]) -> None:
+    async def _discover(self, call: Coroutine[Any, Any, None], seconds: float) -> None:
         self._discovery = asyncio.ensure_future(call)
-        await asyncio.wait([self._discovery], timeout=DISCOVERY_SECONDS)
+        await asyncio.wait([self._discovery], timeout=seconds)
         done, self._discovery = self._discovery, None
         self._discovery_trouble, self._retry_at = "", 0.0
         if not done.done():
             done.cancel()
-            self._discovery_trouble = f"no answer within {DISCOVERY_SECONDS:.0f} s"
+            self._discovery_trouble = f"no answer within {seconds:.0f} s"
         elif done.cancelled():
             self._changed.set()
         elif (error := done.exception()) is not None:

@@ -1,0 +1,226 @@
+"""One request through the agent's handler: failures by type, cancellation, samples, the cut of a drain."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dynamo.llm.exceptions import CannotConnect, Disconnected, EngineShutdown, HttpError, InvalidArgument
+
+from procs.agent.drain import CUT_SECONDS, Drain
+from procs.agent.failures import abort_exception, exception
+from procs.agent.handler import Handler
+from shared.engine_client import EngineClient
+from shared.errors import Code, RequestError
+from shared.frames import Beat, Death
+from shared.roles import find
+from tests.unit.test_service import INCARNATION, Bench, bench_at
+
+REQUEST = {"token_ids": [5, 6], "stop_conditions": {"max_tokens": 10}}
+
+
+class Context:
+    """Stands for Dynamo's: the test kills it."""
+
+    def __init__(self) -> None:
+        self.killed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.first = 0
+
+    def id(self) -> str:
+        return "ctx"
+
+    def async_killed_or_stopped(self) -> "asyncio.Future[bool]":
+        return self.killed
+
+    def notify_first_token(self) -> None:
+        self.first += 1
+
+
+class Scene:
+    def __init__(self, bench: Bench, client: EngineClient) -> None:
+        self.bench = bench
+        self.client = client
+        self.refusing = ""
+        self.handler = Handler(client, find("aggregated"), lambda: self.refusing)
+        self.context = Context()
+
+    def call(self, **more: Any) -> AsyncIterator[dict[str, Any]]:
+        return self.handler.generate({**REQUEST, **more}, self.context)
+
+    async def submitted(self, count: int = 1) -> list[str]:
+        await self.bench.until(lambda: len(self.bench.backend.submitted) == count)
+        return list(self.bench.backend.submitted)
+
+    def tokens(self, rid: str, *ids: int, finish: dict[str, Any] | None = None) -> None:
+        self.bench.service.output(rid, list(ids), finish, None)
+
+
+def run(directory: Path, test: Callable[[Scene], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with bench_at(directory) as bench:
+            client = EngineClient(directory, "agent:0")
+            client.hear_beat(Beat("engine", 1, "ready", "", 0.0, "", INCARNATION, 0))
+            await bench.until(lambda: client.welcome is not None)
+            scene = Scene(bench, client)
+            try:
+                await test(scene)
+                assert scene.handler.running == 0
+            finally:
+                client.close()
+
+    asyncio.run(main())
+
+
+def test_tokens_arrive_and_the_first_is_announced_once(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        chunks = asyncio.create_task(collect(scene.call()))
+        (rid,) = await scene.submitted()
+        scene.tokens(rid, 1)
+        await asyncio.sleep(0.02)
+        scene.tokens(rid, 2, finish={"type": "stop"})
+        assert [chunk["token_ids"] for chunk in await chunks] == [[1], [2]]
+        assert scene.context.first == 1 and scene.context.killed.cancelled()
+
+    run(tmp_path, test)
+
+
+async def collect(chunks: AsyncIterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [chunk async for chunk in chunks]
+
+
+def test_samples_are_requests_of_their_own_and_come_with_their_index(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        collecting = asyncio.create_task(collect(scene.call(sampling_options={"n": 3, "seed": 7})))
+        rids = await scene.submitted(3)
+        seeds = [scene.bench.backend.submitted[rid]["sampling_params"]["sampling_seed"] for rid in rids]
+        assert seeds == [7, 8, 9]
+        for number, rid in enumerate(rids):
+            scene.tokens(rid, number, finish={"type": "length"})
+        chunks = await collecting
+        assert sorted((chunk["index"], chunk["token_ids"][0]) for chunk in chunks) == [(0, 0), (1, 1), (2, 2)]
+
+    run(tmp_path, test)
+
+
+def test_one_failed_sample_ends_the_request_and_aborts_the_others(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        collecting = asyncio.create_task(collect(scene.call(sampling_options={"n": 2})))
+        first, second = await scene.submitted(2)
+        scene.bench.service.failed(first, Code.INTERNAL, "oops")
+        with pytest.raises(RuntimeError, match="oops"):
+            await collecting
+        await scene.bench.until(lambda: scene.bench.backend.aborted == [second])
+
+    run(tmp_path, test)
+
+
+def test_a_client_that_goes_aborts_and_the_terminal_output_is_waited_for(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        collecting = asyncio.create_task(collect(scene.call()))
+        (rid,) = await scene.submitted()
+        scene.tokens(rid, 1)
+        await asyncio.sleep(0.02)
+        scene.context.killed.set_result(True)
+        await scene.bench.until(lambda: scene.bench.backend.aborted == [rid])
+        assert not collecting.done()
+        scene.tokens(rid, 2, finish={"type": "abort"})
+        assert [chunk["token_ids"] for chunk in await collecting] == [[1]]
+
+    run(tmp_path, test)
+
+
+def test_a_reader_that_stops_in_mid_stream_aborts(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        chunks = scene.handler.generate(REQUEST, scene.context)
+        pulling = asyncio.ensure_future(anext(chunks))
+        (rid,) = await scene.submitted()
+        scene.tokens(rid, 1)
+        await pulling
+        await chunks.aclose()  # type: ignore[attr-defined]
+        await scene.bench.until(lambda: scene.bench.backend.aborted == [rid])
+
+    run(tmp_path, test)
+
+
+def test_death_of_the_engine_in_mid_stream_migrates(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        collecting = asyncio.create_task(collect(scene.call()))
+        (rid,) = await scene.submitted()
+        scene.tokens(rid, 1)
+        await asyncio.sleep(0.02)
+        scene.client.hear_death(Death(INCARNATION, "scheduler", 1, "killed", 0.0))
+        with pytest.raises(EngineShutdown):
+            await collecting
+        with pytest.raises(EngineShutdown):
+            await collect(scene.call())
+
+    run(tmp_path, test)
+
+
+def test_the_cut_ends_what_runs_and_nothing_that_comes_later(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        collecting = asyncio.create_task(collect(scene.call()))
+        (rid,) = await scene.submitted()
+        scene.handler.cut()
+        with pytest.raises(EngineShutdown):
+            await collecting
+        await scene.bench.until(lambda: scene.bench.backend.aborted == [rid])
+        scene.context = Context()
+        later = asyncio.create_task(collect(scene.call()))
+        rids = await scene.submitted(2)
+        scene.tokens(rids[1], 1, finish={"type": "stop"})
+        assert len(await later) == 1
+
+    run(tmp_path, test)
+
+
+def test_refusals_and_bad_requests_never_reach_the_engine(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        with pytest.raises(InvalidArgument, match="token_ids"):
+            await collect(scene.call(token_ids=[10_000]))
+        scene.refusing = "the node is draining"
+        with pytest.raises(EngineShutdown, match="draining"):
+            await collect(scene.call())
+        assert scene.bench.backend.submitted == {}
+
+    run(tmp_path, test)
+
+
+def test_which_exception_a_failure_raises() -> None:
+    def of(code: Code, started: bool) -> type[Exception]:
+        return type(exception(RequestError(code, "x"), started=started))
+
+    for started in (False, True):
+        assert of(Code.INVALID, started) is InvalidArgument
+        assert {of(code, started) for code in (Code.ENGINE_DEAD, Code.DRAINING, Code.STALE)} == {EngineShutdown}
+        assert of(Code.INTERNAL, started) is RuntimeError
+    for code in (Code.GAP, Code.STALLED, Code.OVERLOADED):
+        assert of(code, True) is Disconnected and of(code, False) is CannotConnect
+
+
+def test_which_exception_an_abort_of_the_engine_raises() -> None:
+    assert type(abort_exception({"type": "abort"})) is EngineShutdown
+    assert type(abort_exception({"type": "abort", "status_code": 400, "message": "m" * 10_000})) is InvalidArgument
+    assert type(abort_exception({"type": "abort", "status_code": 503})) is HttpError
+    assert type(abort_exception({"type": "abort", "err_type": "X", "status_code": True})) is HttpError
+
+
+def test_the_order_of_a_drain() -> None:
+    drain = Drain(grace=5.0, timeout=300.0, started=100.0)
+    grace = drain.look(101.0, running=2, withdrawn_at=100.0, hurry=False)
+    assert not grace.refuse and not grace.cut and grace.detail == "draining: 2 streams left, 299 s of 300"
+    assert not drain.look(101.0, running=0, withdrawn_at=100.0, hurry=False).done
+    after = drain.look(105.0, running=1, withdrawn_at=100.0, hurry=False)
+    assert after.refuse and not after.cut and not after.done
+    late = drain.look(400.0, running=1, withdrawn_at=100.0, hurry=False)
+    assert late.cut and not late.done
+    assert drain.look(400.1, running=0, withdrawn_at=100.0, hurry=False).done
+    assert drain.look(400.0 + CUT_SECONDS, running=1, withdrawn_at=100.0, hurry=False).done, "a stuck client holds nothing up"
+
+
+def test_a_drain_skips_the_grace_when_no_router_ever_knew_the_worker_and_in_a_hurry() -> None:
+    assert Drain(5.0, 300.0, 0.0).look(0.0, running=0, withdrawn_at=None, hurry=False).done
+    hurried = Drain(5.0, 300.0, 0.0)
+    assert hurried.look(0.1, running=1, withdrawn_at=0.0, hurry=True).cut
+    assert hurried.look(0.2, running=0, withdrawn_at=0.0, hurry=True).done
