@@ -21,7 +21,7 @@ from procs.cli import flags, runtime_dir
 from procs.cli.flags import NodeFlags
 from shared import config as configuration
 from shared import environment, roles
-from shared.config import DISCOVERY_DIR, RUNTIME_DIR_VARIABLE, SUPERVISOR_CONF, NodeConfig
+from shared.config import DISCOVERY_DIR, RUNTIME_DIR_VARIABLE, SUPERVISOR_CONF, TEMPORARY_DIR, NodeConfig
 from shared.errors import NodeError
 
 CPU_DEFAULTS = {
@@ -164,6 +164,8 @@ def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeC
         worker = _check_child(request, environ)
     dynamo = msgspec.convert(worker.pop("dynamo"), configuration.Dynamo)
     roles.find(worker["role"])
+    if worker.get("nnodes", 1) > 1:
+        raise NodeError(f"--nnodes {worker['nnodes']}: this version of sgnode serves a model on one machine only")
     return NodeConfig(
         name=found.name,
         runtime_dir=str(directory),
@@ -279,6 +281,8 @@ def _environment(config: NodeConfig, environ: dict[str, str]) -> dict[str, str]:
             "SGNODE_AGENT_STOPWAIT": str(math.ceil(config.drain_grace + config.drain_timeout) + STOP_MARGIN_SECONDS),
             "SGNODE_ENGINE_STOPWAIT": str(ENGINE_STOP_SECONDS),
             "PYTHONUNBUFFERED": "1",
+            # What a program leaves in its temporary directory goes with the node.
+            "TMPDIR": f"{config.runtime_dir}/{TEMPORARY_DIR}",
         }
     )
     if config.dynamo.discovery_backend == "file":

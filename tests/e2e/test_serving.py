@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -117,10 +118,11 @@ def greedy(node: Node, ids: list[int]) -> list[int]:
     return [int(token.removeprefix("token_id:")) for token in answer.json()["choices"][0]["logprobs"]["tokens"]]
 
 
-def test_greedy_tokens_equal_the_engine_called_directly(node: Node) -> None:
+def test_greedy_tokens_equal_the_engine_called_directly(node: Node, tmp_path: Path) -> None:
     argv = json.loads(node.sgnode("show-config").stdout)["worker_argv"]
     command = [sys.executable, "-W", "ignore", "-m", "tests.e2e.reference", json.dumps(PROMPTS), str(NEW_TOKENS), "--", *argv]
-    done = subprocess.run(command, env=engine_environment(), capture_output=True, text=True, timeout=240, check=False)
+    environment = {**engine_environment(), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("REFERENCE ")]
     assert lines, done.stderr[-2000:]
     reference = json.loads(lines[0][len("REFERENCE ") :])

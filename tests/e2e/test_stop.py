@@ -40,6 +40,9 @@ def stream(url: str, seed: int) -> tuple[int, str]:
 
 def test_sigterm_with_streams_running_loses_none_and_leaves_nothing(model: Path) -> None:
     with Node(str(model), "--served-model-name", MODEL, *CPU) as node:
+        temporary = node.root / "tmp"
+        temporary.mkdir()
+        node.environment["TMPDIR"] = str(temporary)
         node.start().wait_ready()
         url = node.url
         with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
@@ -60,6 +63,7 @@ def test_sigterm_with_streams_running_loses_none_and_leaves_nothing(model: Path)
         wait_for("no process left", lambda: not marked_pids(node.runtime_dir), 5)
         left = [p.relative_to(node.runtime_dir) for p in node.runtime_dir.rglob("*") if p.is_file() or p.is_socket()]
         assert all(path.parts[0] == "log" for path in left), left
+        assert list(temporary.iterdir()) == []
 
 
 def _listed(url: str) -> bool:
