@@ -12,6 +12,7 @@ from procs.prober.metrics import Metrics
 from shared import sockets
 from shared.config import NodeConfig
 from shared.engine_client import EngineClient
+from shared.errors import NodeError
 from shared.frames import AnyState, Beat, Death, Frame, Intent
 from shared.heart import Heart
 from shared.roles import find
@@ -36,7 +37,12 @@ class Prober:
             loop.add_signal_handler(number, end.set)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         metrics = Metrics(context, config)
-        server = await http.start(config, self, metrics)
+        try:
+            server = await http.start(config, self, metrics)
+        except NodeError:
+            metrics.close()
+            context.term()
+            raise
         self._heart = Heart(config.path, "prober")
         self._client = EngineClient(config.path, "prober")
         self._canary = Canary(config, find(config.role), self._client, self._heart.say)

@@ -44,14 +44,16 @@ class Relay:
         self._heart.repeat = lambda: list(self._use.values())
         self._heart.start()
         self._heart.set(State.READY)
-        await end.wait()
-        self._heart.set(State.STOPPED)
-        for task in self._scrapes:
-            task.cancel()
-        states.close()
-        self._metrics.close()
-        context.term()
-        self._heart.close()
+        try:
+            await end.wait()
+        finally:
+            self._heart.set(State.STOPPED)
+            for task in self._scrapes:
+                task.cancel()
+            states.close()
+            self._metrics.close()
+            context.term()
+            self._heart.close()
 
     def _numbers(self) -> dict[str, float]:
         return {"dropped_frames": self._states.dropped + self._asked.dropped}

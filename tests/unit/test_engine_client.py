@@ -9,6 +9,7 @@ import pytest
 from shared.engine_client import EngineClient
 from shared.errors import Code, RequestError
 from shared.frames import Beat, Death, Output, Step
+from shared.state import BEAT_DEADLINE_SECONDS
 from tests.unit.test_service import INCARNATION, Bench, bench_at
 
 
@@ -103,5 +104,41 @@ def test_controls(tmp_path: Path) -> None:
         assert await client.control("echo", {"a": 1}) == {"a": 1}
         with pytest.raises(RequestError, match="unknown control"):
             await client.control("nope", {})
+
+    run(tmp_path, test)
+
+
+def test_silence_of_engine_and_keeper_ends_streams_and_the_same_engine_may_come_back(tmp_path: Path) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        stream = client.submit({"input_ids": [1]})
+        client.hear_beat(Beat("keeper", 1, "ready", "", 0.0, "", INCARNATION, 0))
+        client._clock += BEAT_DEADLINE_SECONDS + 1
+        client.hear_beat(Beat("keeper", 1, "ready", "", 0.0, "", INCARNATION, 0))
+        client._watch()
+        assert client.welcome is not None, "the keeper lives and would say when the engine dies"
+        client._looked -= 3600
+        client._watch()
+        assert client.welcome is not None, "a pause of this process is nobody's silence"
+        client._clock += BEAT_DEADLINE_SECONDS + 1
+        client._watch()
+        with pytest.raises(RequestError) as caught:
+            await anext(aiter(stream))
+        assert caught.value.code == Code.ENGINE_DEAD
+        client.hear_beat(beat())
+        await bench.until(lambda: client.welcome is not None)
+
+    run(tmp_path, test)
+
+
+def test_an_engine_that_forgot_this_peer_fails_its_streams_alone_and_is_met_again(tmp_path: Path) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        stream = client.submit({"input_ids": [1]})
+        await bench.until(lambda: stream.rid in bench.backend.submitted)
+        bench.service._peers.clear()
+        stream.abort()
+        with pytest.raises(RequestError) as caught:
+            await anext(aiter(stream))
+        assert caught.value.code == Code.GAP
+        await bench.until(lambda: client.welcome is not None)
 
     run(tmp_path, test)
