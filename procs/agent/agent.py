@@ -1,7 +1,9 @@
 """An agent's life: hears the node, registers when all conditions hold, withdraws when one fails, drains on SIGTERM."""
 
 import asyncio
+import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Coroutine
@@ -12,6 +14,7 @@ import zmq
 from procs.agent.drain import Drain
 from procs.agent.handler import Handler
 from procs.agent.identity import Identity
+from procs.agent.reach import endpoints, reachable
 from shared.config import NodeConfig
 from shared.engine_client import EngineClient
 from shared.frames import AnyState, Beat, Death, Intent, KvUse, Verdict
@@ -22,6 +25,7 @@ from shared.state import LOST, State
 
 TICK_SECONDS = 0.5
 """How often deadlines (drain, retries) are looked at; everything else comes as a frame."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RETRY_SECONDS = 1.0
 """After discovery refused a registration or a withdrawal."""
 REGISTER_SECONDS = 120.0
@@ -56,7 +60,7 @@ class Agent:
     async def run(self) -> None:
         config = self._config
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._ask_stop)
         role = find(config.role)
         self._client = EngineClient(config.path, self._name)
@@ -66,7 +70,16 @@ class Agent:
         self._heart.numbers = self._numbers
         self._heart.set(State.WAITING, waiting_for="discovery")
         self._heart.start()
+        if not await self._found_discovery():
+            self._client.close()
+            self._heart.close()
+            return
+        # Should Dynamo's runtime block after all, the signal's default action ends this process: it has nothing to finish.
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
         self._identity = Identity(config, role, self._handler)
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._ask_stop)
         self._identity.on_end = self._changed.set
         self._heart.set(
             State.WAITING,
@@ -85,6 +98,27 @@ class Agent:
             self._heart.set(State.STOPPED)
             self._client.close()
             self._heart.close()
+
+    async def _found_discovery(self) -> bool:
+        """Wait for etcd, where it is used. False when a stop was asked for meanwhile."""
+        if self._config.dynamo.discovery_backend != "etcd":
+            return True
+        places = endpoints(os.environ)
+        names = ", ".join(f"{host}:{port}" for host, port in places)
+        while not self._stop_asked:
+            looking: asyncio.Future[list[bool]] = asyncio.gather(*(reachable(*place) for place in places))
+            stopping: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
+            await asyncio.wait({looking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if looking.done() and any(looking.result()):
+                return True
+            looking.cancel()
+            self._changed.clear()
+            self._heart.set(State.WAITING, waiting_for=f"etcd at {names}")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_SECONDS):
+                    await self._changed.wait()
+        return False
 
     def _numbers(self) -> dict[str, float]:
         return {

@@ -46,7 +46,7 @@ class Handler:
                     context.notify_first_token()
                 yield self._role.to_dynamo(output, index, request)
         except RequestError as error:
-            raise exception(error, started=started) from error
+            raise exception(error, started=started) from None  # Dynamo logs the whole chain
         finally:
             if killed is not None:
                 killed.cancel()

@@ -16,8 +16,9 @@ import pytest
 
 from procs.agent import agent as module
 from procs.agent.agent import Agent
+from procs.agent.reach import endpoints
 from shared import config as configuration
-from shared.config import NodeConfig
+from shared.config import Dynamo, NodeConfig
 from shared.frames import Death, Frame, Intent, KvUse, Verdict, Welcome
 from shared.heart import Heart
 from shared.state import State
@@ -279,3 +280,19 @@ def test_an_agent_of_a_follower_refuses_to_run(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "node_rank 0" in done.stderr
+
+
+def test_etcd_away_is_said_and_holds_no_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCD_ENDPOINTS", "http://127.0.0.1:1")
+
+    async def test(node: Node) -> None:
+        await node.bench.until(lambda: node.agent._heart.beat.waiting_for == "etcd at 127.0.0.1:1")
+        node.agent._ask_stop()
+        await asyncio.wait_for(node.running, 0.5)
+
+    run(tmp_path, monkeypatch, test, dynamo=Dynamo(discovery_backend="etcd"))
+
+
+def test_etcd_endpoints_in_every_spelling() -> None:
+    assert endpoints({}) == [("localhost", 2379)]
+    assert endpoints({"ETCD_ENDPOINTS": "https://a:1, b:2,c"}) == [("a", 1), ("b", 2), ("c", 2379)]
