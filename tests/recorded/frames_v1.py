@@ -1,0 +1,250 @@
+"""A recorded build of shared/frames.py, protocol 1: never edited, so that a newer build is tested against it.
+
+Encoding is msgpack (msgspec), every struct an array with its tag first. One tagged union a socket. Fields are only
+ever appended, with defaults, so that version N and N-1 talk: ``PROTOCOL`` travels in the first exchange.
+"""
+
+from typing import Any
+
+import msgspec
+
+PROTOCOL = 1
+"""Version of the request path. A peer with PROTOCOL or PROTOCOL - 1 is served, any other is refused in one line."""
+
+RID_LENGTH = 32
+"""Request ids are 32 hex characters: SGLang 0.5.23 aborts by prefix, so no id may be a prefix of another."""
+
+
+class Frame(msgspec.Struct, tag=True, array_like=True, gc=False):
+    """Base of every frame. ``gc=False``: frames hold no cycles, and the token path makes many."""
+
+
+# --- request path: agent or prober (DEALER) -> engine (ROUTER) -------------------------------------------------------
+
+
+class Hello(Frame, tag="Hello"):
+    """First frame of a peer. ``name`` is the process ("agent:0"), ``life`` is unique to this life of it.
+
+    A Hello aborts whatever an earlier life of the same name left running.
+    """
+
+    protocol: int
+    name: str
+    life: str
+
+
+class Submit(Frame, tag="Submit"):
+    """One request. ``payload`` is what the role's ``to_engine`` made: keyword arguments of the engine, plain data.
+
+    ``incarnation`` is the engine life that the peer was welcomed by; a stale Submit fails with ``stale``.
+    """
+
+    incarnation: int
+    rid: str
+    payload: dict[str, Any]
+
+
+class Abort(Frame, tag="Abort"):
+    """End a request. Answered by its terminal output (finish reason ``abort``); unknown ids are ignored."""
+
+    rid: str
+
+
+class Control(Frame, tag="Control"):
+    """An engine control outside the token path, answered by one ControlDone with the same ``id``."""
+
+    id: int
+    op: str
+    args: dict[str, Any]
+
+
+class Credit(Frame, tag="Credit"):
+    """``steps``: how many Step frames of this connection the peer has taken, counted from its Hello."""
+
+    steps: int
+
+
+ToEngine = Hello | Submit | Abort | Control | Credit
+
+
+# --- request path: engine (ROUTER) -> agent or prober (DEALER) -------------------------------------------------------
+
+
+class EngineFacts(Frame, tag="EngineFacts"):
+    """What an engine is, once it is up. Sizes: ``block_size`` in tokens, ``total_kv_blocks`` per DP rank."""
+
+    role: str
+    engine: str
+    version: str
+    model_path: str
+    served_model_name: str
+    vocab_size: int
+    context_length: int
+    block_size: int
+    total_kv_blocks: int | None
+    max_running_requests: int | None
+    max_num_batched_tokens: int | None
+    dp_start: int
+    dp_size: int
+    bos_token_id: int | None
+    eos_token_ids: list[int]
+    load_seconds: float
+    runtime_config: dict[str, Any] = {}
+    """Further attributes of Dynamo's ModelRuntimeConfig (parsers, flags), by name."""
+    runtime_data: dict[str, str] = {}
+    """Engine-specific entries of the model card: name -> JSON text (ModelRuntimeConfig.set_engine_specific)."""
+    metrics_dir: str | None = None
+    """PROMETHEUS_MULTIPROC_DIR of this incarnation, when the engine writes metrics."""
+
+
+class Welcome(Frame, tag="Welcome"):
+    """Answer to Hello. ``window``: the engine keeps at most so many Step frames on their way to this peer."""
+
+    protocol: int
+    incarnation: int
+    epoch: int
+    window: int
+    facts: EngineFacts
+
+
+class Refused(Frame, tag="Refused"):
+    """Answer to a Hello that can't be served; ``reason`` is one line for the log. The peer gives up and says so."""
+
+    reason: str
+
+
+class Output(Frame, tag="Output"):
+    """New tokens of one request. ``offset``: how many tokens of it were sent before; a gap is the peer's to refuse.
+
+    ``finish`` is None until the last output: then ``{"type": "stop"|"length"|"abort", ...}`` as SGLang says it.
+    ``meta`` carries what the role's ``from_engine`` asks for: prompt_tokens, cached_tokens, log probabilities.
+    """
+
+    rid: str
+    offset: int
+    token_ids: list[int]
+    finish: dict[str, Any] | None = None
+    meta: dict[str, Any] | None = None
+
+
+class Step(Frame, tag="Step"):
+    """All of one peer's new tokens of one engine step, in one frame. ``seq`` counts from 1 for each connection."""
+
+    incarnation: int
+    seq: int
+    outputs: list[Output]
+
+
+class Failed(Frame, tag="Failed"):
+    """A request ended without a terminal output. ``code`` is one of shared.errors.Code; ``message`` one line."""
+
+    rid: str
+    code: str
+    message: str
+
+
+class ControlDone(Frame, tag="ControlDone"):
+    """Answer to Control. ``result`` is plain data; ``error`` is None when it worked."""
+
+    id: int
+    error: str | None
+    result: Any = None
+
+
+FromEngine = Welcome | Refused | Step | Failed | ControlDone
+
+
+# --- node state: each process PUB, whoever is interested SUB ---------------------------------------------------------
+
+
+class Beat(Frame, tag="Beat"):
+    """A process's state, twice a second and at each change. Times are UNIX seconds. See shared.state for the states.
+
+    ``waiting_for``: what has to happen before the state can change, for an operator's eyes.
+    ``numbers``: counters and gauges of this process by name (inflight, steps, tokens, ...).
+    """
+
+    process: str
+    pid: int
+    state: str
+    detail: str
+    since: float
+    waiting_for: str
+    incarnation: int
+    epoch: int
+    numbers: dict[str, float] = {}
+    info: dict[str, str] = {}
+
+
+class Death(Frame, tag="Death"):
+    """The engine of ``incarnation`` is dead or dying: ``who`` died first (engine, scheduler, ...), and why."""
+
+    incarnation: int
+    who: str
+    pid: int
+    reason: str
+    at: float
+
+
+class KvUse(Frame, tag="KvUse"):
+    """KV use of one DP rank, in tokens and blocks, from SGLang's KvMetrics."""
+
+    incarnation: int
+    dp_rank: int
+    used_blocks: int
+    total_blocks: int
+    waiting: int
+    usage: float
+    prefix_hit_rate: float
+
+
+class Verdict(Frame, tag="Verdict"):
+    """The prober's word on an incarnation: healthy or not, and why. Repeated twice a second."""
+
+    incarnation: int
+    healthy: bool
+    reason: str
+
+
+class Intent(Frame, tag="Intent"):
+    """What the coordinator wants of the node: ``serve``, ``drain`` or ``stop``. Repeated twice a second."""
+
+    want: str
+    since: float
+    reason: str
+
+
+EngineState = Beat | KvUse
+KeeperState = Beat | Death
+RelayState = Beat | KvUse
+ProberState = Beat | Verdict
+CoordinatorState = Beat | Intent
+AgentState = Beat
+AnyState = Beat | Death | KvUse | Verdict | Intent
+
+
+# --- metrics: prober (DEALER) -> relay (ROUTER) and back -------------------------------------------------------------
+
+
+class Scrape(Frame, tag="Scrape"):
+    """Ask for the node's metrics."""
+
+    id: int
+
+
+class MetricsText(Frame, tag="MetricsText"):
+    """The node's metrics in Prometheus text format."""
+
+    id: int
+    text: str
+
+
+# --- supervisord plugin -> coordinator (a unix datagram; a hint, the truth is asked by RPC) --------------------------
+
+
+class ProcessChange(Frame, tag="ProcessChange"):
+    """supervisord moved a process to another state."""
+
+    process: str
+    state: str
+    pid: int
