@@ -1,5 +1,6 @@
 # make serve   set up .venv, make a demo model unless MODEL is given, run a node in the foreground
 # make test    set up the same way and run the tests
+# make soak    the rounds of faults, repeated; figures are kept in benchmarks/results
 # MODEL=/path ARGS="--tp-size 2" make serve   any model, any flag of `sgnode serve`
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ say = @printf '%s\n'
 # Output goes to a log; when a step fails its end is shown.
 quiet = >>$(log) 2>&1 || { tail -n 20 $(log); echo "make setup failed; the whole log: $(log)"; exit 1; }
 
-.PHONY: setup serve test lint clean
+.PHONY: setup serve test soak lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -61,6 +62,9 @@ lint: setup
 
 test: setup
 	$(bin)/python -m pytest $(TESTS)
+
+soak: setup
+	SGNODE_SOAK=1 SGNODE_SOAK_RESULTS=$(CURDIR)/benchmarks/results/soak-$$(date +%F).jsonl $(bin)/python -m pytest -m soak --timeout 3600 $(TESTS)
 
 clean:
 	rm -rf $(VENV) models
