@@ -207,11 +207,15 @@ class Verdict(Frame, tag="Verdict"):
 
 
 class Intent(Frame, tag="Intent"):
-    """What the coordinator wants of the node: ``serve``, ``drain`` or ``stop``. Repeated twice a second."""
+    """What is wanted of the node: ``serve``, ``drain`` or ``stop``. Repeated twice a second.
+
+    ``hurry``: a drain or stop that waits for nothing: running streams end now with the migratable error.
+    """
 
     want: str
     since: float
     reason: str
+    hurry: bool = False
 
 
 EngineState = Beat | KvUse

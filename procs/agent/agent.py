@@ -43,7 +43,7 @@ class Agent:
         self._heart = Heart(config.path, self._name)
         self._changed = asyncio.Event()
         self._stop_asked = 0
-        self._want = "serve"
+        self._intent: Intent | None = None
         self._verdict: Verdict | None = None
         self._engine: Beat | None = None
         self._registered = False
@@ -125,6 +125,7 @@ class Agent:
             "inflight": self._handler.running,
             "streams_total": self._handler.total,
             "registered": float(self._registered),
+            "drain_left_seconds": 0.0 if self._drain is None else self._drain.left(time.monotonic()),
             "dropped_frames": self._client.dropped + self._decoder.dropped,
         }
 
@@ -152,8 +153,8 @@ class Agent:
                     self._verdict = frame
                     self._changed.set()
             case Intent():
-                if self._want != frame.want:
-                    self._want = frame.want
+                if self._intent is None or (frame.want, frame.hurry) != (self._intent.want, self._intent.hurry):
+                    self._intent = frame
                     self._changed.set()
             case KvUse():
                 if self._registered and self._engine is not None and frame.incarnation == self._engine.incarnation:
@@ -164,6 +165,8 @@ class Agent:
     def _unmet(self) -> str:
         """The first condition of being registered that does not hold, in an operator's words; empty when all do."""
         state = self._client.board.state("engine")
+        if self._intent is None:
+            return "the coordinator"  # a node that drains must not come back with a new agent
         if state == LOST:
             return "the engine (no sign of life)"
         welcome = self._client.welcome
@@ -177,7 +180,11 @@ class Agent:
 
     @property
     def _draining(self) -> bool:
-        return self._stop_asked > 0 or self._want in ("drain", "stop")
+        return self._stop_asked > 0 or (self._intent is not None and self._intent.want in ("drain", "stop"))
+
+    @property
+    def _hurry(self) -> bool:
+        return self._stop_asked > 1 or (self._intent is not None and self._intent.hurry)
 
     async def _serve(self) -> None:
         """Until a stop was asked for and carried out."""
@@ -255,7 +262,7 @@ class Agent:
         now = time.monotonic()
         if self._drain is None:
             self._drain = Drain(self._config.drain_grace, self._config.drain_timeout, now)
-        look = self._drain.look(now, running=self._handler.running, withdrawn_at=self._withdrawn_at, hurry=self._stop_asked > 1)
+        look = self._drain.look(now, running=self._handler.running, withdrawn_at=self._withdrawn_at, hurry=self._hurry)
         self._refusing = "the node is draining" if look.refuse else ""
         if look.cut:
             self._handler.cut()

@@ -28,13 +28,17 @@ class Drain:
         self._started = started
         self._cut_at: float | None = None
 
+    def left(self, now: float) -> float:
+        """Seconds until what still runs is cut."""
+        return max(0.0, self._timeout - (now - self._started))
+
     def look(self, now: float, *, running: int, withdrawn_at: float | None, hurry: bool) -> Look:
         """``withdrawn_at``: when this worker left discovery, None when it never was there; ``hurry`` skips all waiting.
 
         A router that hasn't heard of the withdrawal yet still sends requests: they are served during the grace.
         """
         grace = 0.0 if withdrawn_at is None else max(0.0, self._grace - (now - withdrawn_at))
-        left = max(0.0, self._timeout - (now - self._started))
+        left = self.left(now)
         refuse = hurry or grace == 0.0
         if not running:
             if refuse:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 
 from shared.errors import NodeError
@@ -13,7 +14,9 @@ SGLang on a GPU server as a supervised node of a Dynamo cluster.
 
   serve [MODEL] [flags]   run a node in the foreground; takes every flag of `python -m dynamo.sglang`
   status [--json]         its state, and each process's with what it waits for (exit 0 ready, 3 not running, 4 otherwise)
+  drain | resume          leave discovery and let streams finish, engine up; serve again
   stop [--now]            drain it and stop it; returns when it is gone
+  restart [PROCESS]       restart a process, or all behind a drain, without losing a stream
   show-config             the configuration that it runs with
   ctl ...                 supervisorctl on it: `sgnode ctl status`, `sgnode ctl restart agent`, `sgnode ctl tail -f engine`
   demo-model DIR          make a tiny model with random weights, to try a node without a download
@@ -61,8 +64,11 @@ def _command(name: str, argv: list[str]) -> int:
             return serve.main(argv)
         case "status":
             return status.status(argv)
-        case "stop":
-            return status.stop(argv)
+        case "drain" | "resume" | "stop" | "restart":
+            from procs.cli import control
+
+            command: Callable[[list[str]], int] = getattr(control, name)
+            return command(argv)
         case "show-config":
             return status.show_config(argv)
         case "ctl":

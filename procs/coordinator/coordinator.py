@@ -32,6 +32,8 @@ ADOPT_SECONDS = 1.5
 """Three beats: who has not been heard by then is silent."""
 SETTLE_SECONDS = 0.02
 """Changes come in bursts (a death moves five states): one report for all."""
+PROGRESS_SECONDS = 5.0
+"""A drain's progress is in the log at most so often."""
 RPC_SECONDS = 3.0
 """supervisord answers within milliseconds, or it is gone."""
 READY_STATES = (State.READY, State.DRAINING, State.DRAINED)
@@ -49,12 +51,15 @@ class Coordinator:
         self._conditions: list[Condition] = []
         self._verdict: Verdict | None = None
         self._death: Death | None = None
-        self._intent = Intent("serve", time.time(), "")
+        self._intent: Intent | None = None
+        """As supervisord's plugin keeps it; nothing is said of it before the plugin was asked."""
         self._node = NodeState(State.STARTING)
         self._since = time.time()
         self._changed = asyncio.Event()
         self._end = asyncio.Event()
         self._silent = False
+        self._said_streams = -1
+        self._said_at = 0.0
 
     async def run(self) -> None:
         """Until SIGTERM."""
@@ -62,7 +67,7 @@ class Coordinator:
         loop.add_signal_handler(signal.SIGTERM, self._end.set)
         loop.add_signal_handler(signal.SIGINT, self._end.set)
         self._heart = Heart(self._config.path, "coordinator")
-        self._heart.repeat = lambda: [self._intent]
+        self._heart.repeat = lambda: [] if self._intent is None else [self._intent]
         self._heart.start()
         self._heart.set(State.READY)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
@@ -118,18 +123,29 @@ class Coordinator:
         with contextlib.suppress(BlockingIOError):
             while True:
                 change = self._hints.decode(hints.recv(4096))
-                if change is not None and change.process == "supervisord":
-                    self._want("stop", "supervisord is stopping the node")
+                if change is not None and change.process == "supervisord" and change.state == "STOPPING":
+                    self._want("stop", "supervisord is stopping the node", hurry=self._hurry)
                 elif change is not None and change.process == "engine":
                     self._program.state = change.state  # the only word on it while supervisord stops
                 self._changed.set()
 
-    def _want(self, want: str, reason: str) -> None:
-        if self._intent.want != want:
-            logging.info("the node shall %s: %s", want, reason)
-            self._intent = Intent(want, time.time(), reason)
-            self._heart.publish(self._intent)
-            self._changed.set()
+    @property
+    def _wanted(self) -> str:
+        return self._intent.want if self._intent is not None else "serve"
+
+    @property
+    def _hurry(self) -> bool:
+        return self._intent is not None and self._intent.hurry
+
+    def _want(self, want: str, reason: str, *, hurry: bool) -> None:
+        old = self._intent
+        if old is not None and (old.want, old.hurry) == (want, hurry):
+            return
+        if old is not None:
+            logging.info("the node shall %s%s: %s", want, " at once" if hurry else "", reason)
+        self._intent = Intent(want, time.time() if old is None or old.want != want else old.since, reason, hurry)
+        self._heart.publish(self._intent)
+        self._changed.set()
 
     # --- deciding ---
 
@@ -140,6 +156,7 @@ class Coordinator:
         """
         with contextlib.suppress(*CALL_ERRORS):
             last = json.loads(await self._call("sgnode.node"))
+            self._want(last["want"], "as before", hurry=last["hurry"])
             if not last["incarnation"]:
                 return  # the node's first coordinator, or one before the first engine: nothing to go on with
             self._node, self._since = NodeState(State(last["state"]), last["reason"]), last["since"]
@@ -177,7 +194,7 @@ class Coordinator:
         return await asyncio.to_thread(supervisord.call, self._config.path, method, *args, timeout=RPC_SECONDS)
 
     async def _look_at_engine(self) -> None:
-        if self._intent.want == "stop":
+        if self._wanted == "stop":
             return
         try:
             info = await self._call("supervisor.getProcessInfo", "engine")
@@ -194,7 +211,7 @@ class Coordinator:
                 self._program.look(await self._call("supervisor.getProcessInfo", "engine"), time.monotonic(), "")
         except xmlrpc.client.Fault as fault:
             if fault.faultCode == supervisord.SHUTDOWN_STATE:
-                self._want("stop", "supervisord is stopping the node")
+                self._want("stop", "supervisord is stopping the node", hurry=self._hurry)
             elif fault.faultCode != supervisord.ALREADY_STARTED:
                 logging.warning("starting the engine: %s", fault.faultString)
 
@@ -212,7 +229,8 @@ class Coordinator:
             death = None
         at = self._program.restart_at
         return Facts(
-            want=self._intent.want,
+            want=self._wanted,
+            why_wanted=self._intent.reason if self._intent is not None else "",
             program=self._program.state,
             started=self._program.started,
             condition=waiting_for(self._conditions),
@@ -224,6 +242,7 @@ class Coordinator:
             verdict=self._verdict,
             agents=[beat for name in self._config.agent_names if (beat := self._board.beat(name)) is not None],
             needs_agents=bool(self._config.agent_names),
+            drain_timeout=self._config.drain_timeout,
         )
 
     async def _report(self) -> None:
@@ -232,11 +251,18 @@ class Coordinator:
         if node.state != self._node.state:
             logging.info("node: %s -> %s%s", self._node.state, node.state, f" ({node.reason})" if node.reason else "")
             self._since = time.time()
+        elif (
+            node.state == State.DRAINING
+            and facts.streams != self._said_streams
+            and time.time() - self._said_at > PROGRESS_SECONDS
+        ):
+            logging.info("%s", node.reason)
+            self._said_streams, self._said_at = facts.streams, time.time()
         self._node = node
         self._heart.set(State.READY, info={"node": node.state, "reason": node.reason or node.state})
         self._board.hear(msgspec.structs.replace(self._heart.beat, since=self._since))
         keeper = self._board.heard.get("keeper")
         incarnation = keeper.beat.incarnation if keeper else 0
         status = document.build(self._config, self._board, facts, node, since=self._since, incarnation=incarnation)
-        if not await self._call("sgnode.update", json.dumps(status)):
-            self._want("stop", "supervisord is stopping the node")
+        wanted = await self._call("sgnode.update", json.dumps(status))
+        self._want(wanted["want"], wanted["reason"], hurry=wanted["hurry"])

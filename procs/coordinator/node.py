@@ -15,6 +15,7 @@ class Facts:
 
     want: str = "serve"
     """``serve``, ``drain`` or ``stop``."""
+    why_wanted: str = ""
     program: str = ""
     """supervisord's state of the program ``engine``; empty before the first answer."""
     started: bool = False
@@ -34,6 +35,13 @@ class Facts:
     agents: list[Beat] = field(default_factory=list)
     needs_agents: bool = True
     """False on a follower: it has no agents and no canaries."""
+    drain_timeout: float = 0.0
+    """Seconds that streams get to finish in a drain."""
+
+    @property
+    def streams(self) -> int:
+        """Requests that clients still wait for: those of the agents, canaries not counted."""
+        return sum(int(agent.numbers.get("inflight", 0)) for agent in self.agents)
 
     @property
     def registered(self) -> bool:
@@ -76,12 +84,24 @@ def node_state(facts: Facts) -> NodeState:
 def _stopping(facts: Facts, alive: bool) -> NodeState:
     if not alive:
         return NodeState(State.STOPPED, "the node is stopping")
-    return NodeState(State.DRAINING, "the node is stopping", _streams(facts) or "the processes' end")
+    return NodeState(State.DRAINING, _progress(facts) or "the node is stopping", _streams(facts) or "the processes' end")
 
 
 def _streams(facts: Facts) -> str:
-    count = facts.inflight
+    count = facts.streams
     return "" if not count else f"{count} running stream{'s' if count > 1 else ''}"
+
+
+def _progress(facts: Facts) -> str:
+    """What a drain still has to do, over all agents; empty when there is nothing to say."""
+    draining = [agent for agent in facts.agents if agent.state == State.DRAINING]
+    if not draining:
+        return ""
+    count = facts.streams
+    if not count:
+        return draining[0].detail
+    left = max(agent.numbers.get("drain_left_seconds", 0.0) for agent in draining)
+    return f"draining: {count} stream{'s' if count > 1 else ''} left, {left:.0f} s of {facts.drain_timeout:.0f}"
 
 
 def _without_engine(facts: Facts) -> NodeState:
@@ -109,9 +129,9 @@ def _engine_says(engine: Beat) -> NodeState:
 
 def _with_ready_engine(facts: Facts, engine: Beat) -> NodeState:
     if facts.want == "drain":
-        if facts.registered or facts.inflight:
-            return NodeState(State.DRAINING, "asked to drain", _streams(facts) or "withdrawal from discovery")
-        return NodeState(State.DRAINED, "asked to drain", "`sgnode resume`")
+        if facts.registered or facts.streams or any(agent.state != State.DRAINED for agent in facts.agents):
+            return NodeState(State.DRAINING, _progress(facts) or facts.why_wanted, _streams(facts) or "the agents")
+        return NodeState(State.DRAINED, facts.why_wanted, "`sgnode resume`")
     if not facts.needs_agents:
         return NodeState(State.READY)
     verdict = facts.verdict

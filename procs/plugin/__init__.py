@@ -1,4 +1,4 @@
-"""The part of sgnode that runs inside supervisord ([rpcinterface:sgnode]) and inside supervisorctl ([ctlplugin:sgnode]).
+"""The part of sgnode that runs inside supervisord ([rpcinterface:...]) and inside supervisorctl ([ctlplugin:sgnode]).
 
 Nothing in here may block: supervisord has one loop. The factories import late, so that each side loads only its own half.
 """
@@ -11,7 +11,15 @@ def make_rpc(supervisord: Any) -> Any:
     from procs.plugin.rpc import Plugin
     from shared import config
 
-    return Plugin(supervisord, config.load())
+    supervisord.sgnode = Plugin(supervisord, config.load())
+    return supervisord.sgnode
+
+
+def make_main_rpc(supervisord: Any) -> Any:
+    """supervisor.rpcinterface_factory of the namespace ``supervisor``: supervisor's own methods, guarded."""
+    from procs.plugin.guard import GuardedRPC
+
+    return GuardedRPC(supervisord)
 
 
 def make_ctl(controller: Any) -> Any:

@@ -15,10 +15,13 @@ import msgspec
 from supervisor import events
 from supervisor.options import make_namespec
 from supervisor.states import SupervisorStates, getProcessStateDescription
+from supervisor.xmlrpc import Faults, RPCError
 
 from procs.plugin import facts
+from procs.plugin.guard import ENGINE
 from procs.plugin.notify import Notify
 from procs.plugin.wakeup import Wakeup
+from procs.plugin.wants import DRAIN, SERVE, STOP, Wants
 from shared.config import EVENTS_SOCKET, LOG_DIR, NodeConfig
 from shared.frames import ProcessChange
 
@@ -26,6 +29,10 @@ PATIENT_STATES = ("waiting", "starting", "loading", "warming", "draining")
 """Node states that take long on purpose: systemd is asked for more time while one lasts."""
 SUPERVISORD = "supervisord"
 """Name in a ProcessChange for supervisord itself; its state STOPPING is the beginning of the node's stop."""
+AGENTS = "agent"
+"""The group of programs whose streams a drain waits for."""
+HURRIED_STOP_SECONDS = 5
+"""From a program's SIGTERM to its SIGKILL once a fast stop is asked for: nothing is waited for any more."""
 
 
 class Plugin:
@@ -37,6 +44,7 @@ class Plugin:
         self._config = config
         self._document = facts.empty_document(config)
         self._heard: float | None = None
+        self._wants = Wants()
         self._starts: Counter[str] = Counter()
         self._notify = Notify()
         self._wakeup = Wakeup(self._options)
@@ -48,18 +56,18 @@ class Plugin:
 
     # --- XML-RPC ---
 
-    def update(self, text: str) -> bool:
+    def update(self, text: str) -> dict[str, Any]:
         """Take the coordinator's status document
 
         @param string text       JSON object, keys as in `sgnode status --json`
-        @return boolean result   True while supervisord runs, False once it is stopping
+        @return struct result    What is wanted of the node: want, reason, since, hurry
         """
         document = json.loads(text)
         if isinstance(document, dict):
             self._document = document
             self._heard = time.monotonic()
             self._tell_systemd()
-        return not self._is_stopping
+        return self._wants.plain()
 
     def node(self) -> str:
         """The node's status as JSON, with supervisord's own facts about each process
@@ -67,7 +75,48 @@ class Plugin:
         @return string result    JSON object
         """
         age = None if self._heard is None else time.monotonic() - self._heard
-        return json.dumps(facts.merge(self._document, age, self._processes(), self._is_stopping))
+        document = facts.merge(self._document, age, self._processes(), self._is_stopping)
+        return json.dumps({**document, "want": self._wants.want, "hurry": self._wants.hurry})
+
+    def want(self, want: str, reason: str) -> bool:
+        """Drain the node or let it serve again
+
+        @param string want       "drain" or "serve"
+        @param string reason     one line for the status
+        @return boolean result   False when that was wanted already
+        """
+        if want not in (SERVE, DRAIN):
+            raise RPCError(Faults.INCORRECT_PARAMETERS, f"want: expected {SERVE!r} or {DRAIN!r}, got {want!r}")
+        if self._is_stopping:
+            raise RPCError(Faults.FAILED, "the node is stopping; that can't be taken back")
+        changed = self._wants.change(want, reason)
+        if changed:
+            self._tell_coordinator(SUPERVISORD, "RUNNING", os.getpid())
+        return changed
+
+    def hurry(self) -> bool:
+        """End what a drain or a stop still waits for, now
+
+        @return boolean result   False when the node neither drains nor stops
+        """
+        if self._wants.want == SERVE and not self._is_stopping:
+            return False
+        self._wants.hurry = True
+        for group in self._supervisord.process_groups.values():
+            for process in group.processes.values():
+                if group.config.name != ENGINE:  # its keeper has counted on the time
+                    process.config.stopwaitsecs = min(process.config.stopwaitsecs, HURRIED_STOP_SECONDS)
+                if group.config.name == AGENTS and process.pid and self._is_stopping:
+                    # To an agent a second SIGTERM means the same, should the coordinator not be there to say it.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGTERM)
+        self._tell_coordinator(SUPERVISORD, "STOPPING" if self._is_stopping else "RUNNING", os.getpid())
+        return True
+
+    @property
+    def serves(self) -> bool:
+        """Streams may be running, or come: an end of the engine would cut them."""
+        return bool(self._document.get("registered") or self._document.get("inflight"))
 
     # --- inside ---
 
@@ -102,9 +151,18 @@ class Plugin:
         # supervisord takes SIGHUP as "restart everything"; a lost terminal shall end the node in order, like any program's.
         receive = self._options.signal_receiver.receive
         signal.signal(signal.SIGHUP, lambda _number, frame: receive(signal.SIGTERM, frame))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop_signal)
         atexit.register(_remove_runtime, self._config, os.getpid())
 
+    def _stop_signal(self, number: int, frame: Any) -> None:
+        """The first begins the stop; supervisor 4.3 ignores every further one, which means a fast stop to everybody else."""
+        if self._is_stopping and not self._wants.hurry:
+            self.hurry()
+        self._options.signal_receiver.receive(number, frame)
+
     def _stopping(self, _event: Any) -> None:
+        self._wants.change(STOP, "supervisord is stopping the node")
         self._notify.stopping()
         self._tell_coordinator(SUPERVISORD, "STOPPING", os.getpid())
 

@@ -72,7 +72,7 @@ class Node:
             heart.repeat = lambda name=name: self.repeated.get(name, [])  # type: ignore[misc]
             heart.start()
         bench.heart.start()
-        self.repeated: dict[str, list[Frame]] = {}
+        self.repeated: dict[str, list[Frame]] = {"coordinator": [Intent("serve", 0.0, "")]}
         self.agent = Agent(configuration.load(directory), 0)
         self.running = asyncio.create_task(self.agent.run())
 
@@ -242,6 +242,35 @@ def test_a_withdrawal_that_hangs_holds_a_drain_for_its_own_time_only(tmp_path: P
         node.discovery.hangs = True
         node.agent._ask_stop()
         await asyncio.wait_for(node.running, 2)
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_a_hurried_drain_ends_at_once_and_the_next_one_is_patient_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(node: Node) -> None:
+        await node.registered()
+        node.say("coordinator", Intent("drain", 0.0, ""))
+        await node.until_state(State.DRAINING)
+        node.say("coordinator", Intent("drain", 0.0, "", True))
+        await node.until_state(State.DRAINED)
+        node.say("coordinator", Intent("serve", 0.0, ""))
+        await node.until_state(State.READY)
+        node.say("coordinator", Intent("drain", 0.0, ""))
+        await node.until_state(State.DRAINING)
+
+    run(tmp_path, monkeypatch, test, drain_grace=60.0)
+
+
+def test_nobody_registers_before_the_coordinator_has_said_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(node: Node) -> None:
+        node.repeated["coordinator"] = []
+        node.bench.heart.set(State.READY)
+        node.say("prober", Verdict(INCARNATION, True, ""))
+        await node.bench.until(lambda: node.agent._verdict is not None and node.agent._client.welcome is not None)
+        await node.bench.until(lambda: node.agent._heart.beat.waiting_for == "the coordinator")
+        assert node.discovery.calls == []
+        node.say("coordinator", Intent("serve", 0.0, ""))
+        await node.until_state(State.READY)
 
     run(tmp_path, monkeypatch, test)
 

@@ -18,6 +18,7 @@ def beat(process: str, state: str = "ready", *, incarnation: int = 1, waiting_fo
 
 
 HEALTHY = Verdict(1, True, "")
+DRAINING = beat("agent:1", "draining", inflight=2, drain_left_seconds=287.4)
 
 
 def facts(**changes: Any) -> Facts:
@@ -51,9 +52,10 @@ def facts(**changes: Any) -> Facts:
         ({"agents": [beat("agent:0", waiting_for="discovery")]}, "warming", "discovery"),
         ({"agents": [beat("agent:0"), beat("agent:1", registered=1)]}, "ready", ""),
         ({"agents": [], "verdict": None, "needs_agents": False}, "ready", ""),
-        ({"want": "drain"}, "draining", "2 running streams"),
-        ({"want": "drain", "agents": [], "engine": beat("engine")}, "drained", "resume"),
-        ({"want": "stop"}, "draining", "2 running streams"),
+        ({"want": "drain", "agents": [DRAINING]}, "draining", "2 running streams"),
+        ({"want": "drain", "agents": [beat("agent:0", "drained")]}, "drained", "resume"),
+        ({"want": "drain", "agents": [beat("agent:0", "drained"), DRAINING]}, "draining", "2 running streams"),
+        ({"want": "stop", "agents": [DRAINING]}, "draining", "2 running streams"),
         ({"want": "stop", "program": "STOPPED"}, "stopped", ""),
         ({"failed": "crash loop", "program": "EXITED"}, "failed", "restart"),
         ({"death": "scheduler killed"}, "starting", "left"),
@@ -66,6 +68,13 @@ def test_node_state(changes: dict[str, Any], state: str, waiting_for: str) -> No
     assert node.state == state
     assert waiting_for in node.waiting_for
     assert (node.state == State.READY) == (node.waiting_for == "") or node.state == State.STOPPED
+
+
+def test_the_progress_of_a_drain_is_over_all_agents() -> None:
+    other = beat("agent:0", "draining", inflight=10, drain_left_seconds=120.0)
+    for want in ("drain", "stop"):
+        node = node_state(facts(want=want, agents=[DRAINING, other], drain_timeout=300.0))
+        assert node.reason == "draining: 12 streams left, 287 s of 300"
 
 
 def test_the_first_unmet_condition_is_named() -> None:

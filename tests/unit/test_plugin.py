@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import xmlrpc.client
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ silent=true
 logfile=%(ENV_SGNODE_RUNTIME_DIR)s/log/supervisord.log
 pidfile=%(ENV_SGNODE_RUNTIME_DIR)s/supervisord.pid
 [rpcinterface:supervisor]
-supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+supervisor.rpcinterface_factory=procs.plugin:make_main_rpc
 [rpcinterface:sgnode]
 supervisor.rpcinterface_factory=procs.plugin:make_rpc
 [supervisorctl]
@@ -59,6 +60,12 @@ stderr_logfile=NONE
 AGENT = """
 echo hello-$1
 trap 'sleep 0.4; exit 0' TERM
+while :; do sleep 0.02; done
+"""
+
+PATIENT_AGENT = """
+trap 'test -n "$asked" && exit 0; asked=1; echo once' TERM
+echo patient
 while :; do sleep 0.02; done
 """
 
@@ -160,7 +167,7 @@ def test_a_death_is_seen_at_once_and_counted(sv: Supervisord) -> None:
 
 def test_status_works_during_an_ordered_shutdown_and_nothing_but_logs_stays(sv: Supervisord) -> None:
     (sv.directory / "discovery" / "x").mkdir(parents=True)
-    assert sv.call("sgnode.update", json.dumps({**sv.node(), "state": "ready", "reason": ""})) is True
+    assert sv.call("sgnode.update", json.dumps({**sv.node(), "state": "ready", "reason": ""}))["want"] == "serve"
     before = time.monotonic()
     sv.process.send_signal(signal.SIGTERM)
     sv.wait_event("supervisord", "STOPPING")
@@ -170,7 +177,7 @@ def test_status_works_during_an_ordered_shutdown_and_nothing_but_logs_stays(sv: 
     assert {row["name"]: row["supervisor"] for row in node["processes"]} == {
         "relay": "RUNNING", "agent:0": "STOPPING", "agent:1": "STOPPING",
     }  # fmt: skip
-    assert sv.call("sgnode.update", json.dumps(node)) is False
+    assert sv.call("sgnode.update", json.dumps(node))["want"] == "stop"
     assert sv.process.wait(5) == 0
     assert time.monotonic() - before < 2
     assert [path.name for path in sv.directory.iterdir()] == ["log"]
@@ -189,7 +196,7 @@ def test_supervisorctl_knows_agent_and_node(sv: Supervisord) -> None:
     assert "relay" not in status.stdout
     restarted = sv.ctl("restart", "agent")
     assert restarted.returncode == 0, restarted.stdout
-    assert "agent:1: started" in restarted.stdout
+    assert "agent:1: restarted" in restarted.stdout
     assert sv.row("agent:0")["pid"] != pids["agent:0"]
     assert sv.row("relay")["pid"] == pids["relay"]
     assert "hello-1" in sv.ctl("tail", "agent").stdout
@@ -201,6 +208,45 @@ def test_supervisorctl_knows_agent_and_node(sv: Supervisord) -> None:
     assert "node t: starting" in table.stdout
     assert "agent:1" in table.stdout
     assert table.returncode == 4
+
+
+def test_a_wish_is_kept_and_a_stop_is_not_taken_back(sv: Supervisord) -> None:
+    document = json.dumps({**sv.node(), "state": "ready", "reason": ""})
+    assert sv.call("sgnode.want", "drain", "because") is True
+    assert sv.call("sgnode.want", "drain", "again") is False
+    assert (told := sv.call("sgnode.update", document))["want"] == "drain" and told["reason"] == "because"
+    sv.wait_event("supervisord", "RUNNING")
+    assert sv.ctl("resume").returncode == 0
+    assert sv.call("sgnode.update", document)["want"] == "serve"
+    assert sv.call("sgnode.hurry") is False
+    sv.process.terminate()
+    sv.wait_event("supervisord", "STOPPING")
+    refused = sv.ctl("drain")
+    assert refused.returncode != 0 and "stopping" in refused.stdout
+
+
+def test_what_would_cut_every_stream_is_refused_with_what_to_type(sv: Supervisord) -> None:
+    pids = {name: sv.row(name)["pid"] for name in ("agent:0", "agent:1", "relay")}
+    for words, hint in ((["stop", "all"], "sgnode stop"), (["restart", "all"], "sgnode stop"), (["reload"], "sgnode restart")):
+        refused = sv.ctl(*words)
+        assert refused.returncode != 0 and hint in refused.stdout, refused.stdout
+    with pytest.raises(xmlrpc.client.Fault, match="sgnode stop"):
+        sv.call("supervisor.stopAllProcesses")
+    assert {name: sv.row(name)["pid"] for name in pids} == pids
+
+
+def test_a_second_sigterm_reaches_the_agents(sv: Supervisord) -> None:
+    (sv.directory / "agent.sh").write_text(PATIENT_AGENT)
+    assert sv.ctl("restart", "agent").returncode == 0
+    eventually(lambda: (sv.directory / "log" / "agent-1.log").read_text().count("patient") == 1)
+    sv.process.terminate()
+    eventually(lambda: sv.node()["want"] == "stop")
+    eventually(lambda: (sv.directory / "log" / "agent-1.log").read_text().count("once") == 1)
+    assert sv.process.poll() is None
+    before = time.monotonic()
+    sv.process.terminate()
+    assert sv.process.wait(5) == 0
+    assert time.monotonic() - before < 2
 
 
 def test_systemd_is_told(sv: Supervisord) -> None:
