@@ -1,14 +1,16 @@
-"""What supervisord runs for each program: narrows the environment to what the program may have, then becomes it.
+"""What supervisord runs for each program: ties it to supervisord's life, narrows its environment, then becomes it.
 
 ``python -m procs.launch PROGRAM [INDEX]``; PROGRAM is a section of supervisor.conf, INDEX an agent's number.
 """
 
 import os
+import signal
 import sys
 
 from shared.config import RUNTIME_DIR_VARIABLE, NodeConfig, load
 from shared.environment import BY_PROGRAM, allowed
 from shared.errors import NodeError
+from shared.prctl import signal_at_parents_death
 
 MODULES = {"engine": "procs.keeper", "frontend": "dynamo.frontend"}
 """Programs whose module is not ``procs.NAME``: the engine is started by its keeper, the frontend is Dynamo's."""
@@ -61,6 +63,7 @@ def environment(program: str, environ: dict[str, str], config: NodeConfig) -> di
 
 def main(argv: list[str]) -> int:
     """Become the program. Returns (exit code 2) only for a wrong call."""
+    parent = os.getppid()
     try:
         if not 1 <= len(argv) <= 2 or argv[0] not in BY_PROGRAM or argv[0] == "supervisord":
             raise NodeError(f"usage: python -m procs.launch PROGRAM [INDEX]; got {argv}")
@@ -71,6 +74,10 @@ def main(argv: list[str]) -> int:
         return 2
     # Sockets and files of the node are its user's only; supervisord 4.3 sets its umask only when it daemonizes.
     os.umask(0o077)
+    # Without supervisord nothing may go on: its successor would start a second of each.
+    signal_at_parents_death(signal.SIGUSR1 if program == "engine" else signal.SIGKILL)
+    if os.getppid() != parent:
+        return 1
     args = command(program, index, config)
     os.execve(args[0], args, environment(program, dict(os.environ), config))
     return 0  # not reached: execve does not return

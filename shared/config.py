@@ -87,6 +87,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     system_port: int = 9090
     drain_grace: float = 5.0
     drain_timeout: float = 300.0
+    hang_timeout: float = 300.0
     canary_wait: float = 10.0
     canary_timeout: float = 30.0
 

@@ -1,6 +1,5 @@
 """What `sgnode serve` shows: progress until the node is ready, how to use it, then its changes. A child of supervisord."""
 
-import ctypes
 import http.client
 import json
 import os
@@ -13,9 +12,9 @@ from typing import Any
 from shared import config as configuration
 from shared import supervisord
 from shared.config import NodeConfig
+from shared.prctl import signal_at_parents_death
 from shared.state import State
 
-PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.25
 STILL_SECONDS = 10.0
 """A state that lasts is said again so often, with what it waits for."""
@@ -65,7 +64,7 @@ def details(status: dict[str, Any]) -> str:
 
 def main() -> int:
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_at_parents_death(signal.SIGTERM)
     if os.getppid() != parent:
         return 0
     # Ctrl-C reaches the whole foreground group: supervisord drains, and this goes on to show it.

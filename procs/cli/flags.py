@@ -47,6 +47,7 @@ class NodeFlags:
     system_port: int
     drain_grace: float
     drain_timeout: float
+    hang_timeout: float
     canary_wait: float
     canary_timeout: float
     group_port: int | None
@@ -138,6 +139,12 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
         help="seconds after the withdrawal in which requests are still taken (default: %(default)g)",
     )
     add("--drain-timeout", type=_seconds, default=300.0, help="seconds that running streams get to finish (default: %(default)g)")
+    add(
+        "--hang-timeout",
+        type=_seconds,
+        default=300.0,
+        help="seconds after which an engine that lives but serves nobody is killed and started again; 0: never (default: %(default)g)",
+    )
     add("--group-port", type=_port, help=argparse.SUPPRESS)
     add("--group-key-file", help=argparse.SUPPRESS)
     add("--console", action=argparse.BooleanOptionalAction, default=True, help="show progress on standard output")
@@ -172,6 +179,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> NodeF
         system_port=found.system_port,
         drain_grace=found.drain_grace,
         drain_timeout=found.drain_timeout,
+        hang_timeout=found.hang_timeout,
         canary_wait=max(0.1, _environment_seconds(environ, "DYN_CANARY_WAIT_TIME", 10.0)),
         canary_timeout=max(0.1, _environment_seconds(environ, "DYN_HEALTH_CHECK_REQUEST_TIMEOUT", 30.0)),
         group_port=found.group_port,

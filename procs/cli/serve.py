@@ -181,6 +181,7 @@ def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeC
         system_port=system_port,
         drain_grace=found.drain_grace,
         drain_timeout=found.drain_timeout,
+        hang_timeout=found.hang_timeout,
         canary_wait=found.canary_wait,
         canary_timeout=found.canary_timeout,
         group_port=found.group_port,

@@ -17,14 +17,15 @@ import zmq
 from procs.coordinator import document
 from procs.coordinator.conditions import Condition, waiting_for
 from procs.coordinator.engine import EngineProgram
-from procs.coordinator.node import Facts, NodeState, node_state
+from procs.coordinator.hang import Hangs
+from procs.coordinator.node import Facts, NodeState, is_stuck, node_state
 from procs.coordinator.restart import RestartPolicy
 from shared import supervisord
 from shared.config import EVENTS_SOCKET, NodeConfig
 from shared.frames import AnyState, Beat, Death, Intent, ProcessChange, Verdict
 from shared.heart import Heart
 from shared.sockets import Decoder, LoopSocket, subscriber
-from shared.state import Board, State
+from shared.state import LOST, Board, State
 
 REPORT_SECONDS = 1.0
 """A status report at least so often; the plugin calls an older one stale."""
@@ -48,6 +49,7 @@ class Coordinator:
         self._config = config
         self._board = Board()
         self._program = EngineProgram(RestartPolicy())
+        self._hangs = Hangs(config.hang_timeout)
         self._conditions: list[Condition] = []
         self._verdict: Verdict | None = None
         self._death: Death | None = None
@@ -175,6 +177,7 @@ class Coordinator:
             self._changed.clear()
             try:
                 await self._look_at_engine()
+                await self._look_for_hangs()
                 await self._report()
                 self._silent = False
             except CALL_ERRORS as error:
@@ -215,6 +218,20 @@ class Coordinator:
             elif fault.faultCode != supervisord.ALREADY_STARTED:
                 logging.warning("starting the engine: %s", fault.faultString)
 
+    async def _look_for_hangs(self) -> None:
+        if self._wanted == "stop":
+            return  # supervisord kills what does not stop
+        facts = self._facts()
+        silent = [name for name in ("relay", "prober", *self._config.agent_names) if self._board.state(name) == LOST]
+        for name in self._hangs.look(time.monotonic(), engine_stuck=is_stuck(facts), silent=silent):
+            # The keeper ends its engine and says so; one that hangs itself can only be killed, and the engine with it.
+            number = "USR1" if name == "engine" and self._board.beat("keeper") is not None else "KILL"
+            logging.error("%s hangs and is killed (SIG%s)", name, number)
+            if name != "engine":
+                self._board.forget(name)
+            with contextlib.suppress(xmlrpc.client.Fault):  # it died just now
+                await self._call("supervisor.signalProcess", name, number)
+
     # --- saying ---
 
     def _facts(self) -> Facts:
@@ -243,6 +260,7 @@ class Coordinator:
             agents=[beat for name in self._config.agent_names if (beat := self._board.beat(name)) is not None],
             needs_agents=bool(self._config.agent_names),
             drain_timeout=self._config.drain_timeout,
+            killed_in=self._hangs.engine_left(),
         )
 
     async def _report(self) -> None:

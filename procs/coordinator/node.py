@@ -37,6 +37,8 @@ class Facts:
     """False on a follower: it has no agents and no canaries."""
     drain_timeout: float = 0.0
     """Seconds that streams get to finish in a drain."""
+    killed_in: float | None = None
+    """Seconds until an engine that hangs is killed."""
 
     @property
     def streams(self) -> int:
@@ -74,11 +76,26 @@ def node_state(facts: Facts) -> NodeState:
         return NodeState(State.STOPPED, "the engine is being stopped", "the engine's end")
     if facts.engine is None:
         if facts.engine_lost:
-            return NodeState(State.UNHEALTHY, "the engine's process lives but says nothing", "the engine")
+            return NodeState(State.UNHEALTHY, "the engine's process lives but says nothing", f"a sign of life{_kill(facts)}")
         return NodeState(State.STARTING, "the engine's process is starting", "the engine")
     if facts.engine.state != State.READY:
         return _engine_says(facts.engine)
     return _with_ready_engine(facts, facts.engine)
+
+
+def is_stuck(facts: Facts) -> bool:
+    """The engine lives and serves nobody: it says nothing, or its canaries fail."""
+    if facts.program not in ALIVE or facts.death:
+        return False
+    if facts.engine is None:
+        return facts.engine_lost
+    verdict = facts.verdict
+    judged = verdict is not None and verdict.incarnation == facts.engine.incarnation and not verdict.healthy
+    return judged and facts.engine.state == State.READY
+
+
+def _kill(facts: Facts) -> str:
+    return "" if facts.killed_in is None else f", or its kill in {facts.killed_in:.0f} s"
 
 
 def _stopping(facts: Facts, alive: bool) -> NodeState:
@@ -138,7 +155,7 @@ def _with_ready_engine(facts: Facts, engine: Beat) -> NodeState:
     if verdict is None or verdict.incarnation != engine.incarnation:
         return NodeState(State.WARMING, "the engine is ready", "the prober's first canary")
     if not verdict.healthy:
-        return NodeState(State.UNHEALTHY, verdict.reason, "a canary that succeeds")
+        return NodeState(State.UNHEALTHY, verdict.reason, f"a canary that succeeds{_kill(facts)}")
     if not facts.registered:
         waiting = next((agent.waiting_for for agent in facts.agents if agent.waiting_for), "")
         return NodeState(State.WARMING, "the engine is ready and healthy", waiting or "an agent's registration with Dynamo")

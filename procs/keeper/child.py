@@ -1,27 +1,11 @@
 """Starting the engine: forked while the keeper has one thread, tied to the keeper's life, in its own session and cgroup."""
 
-import ctypes
 import os
 import signal
 from collections.abc import Mapping, Sequence
 
 from procs.keeper.cgroup import Cgroup
-
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
-"""prctl(2)."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _prctl(option: int, argument: int) -> None:
-    if _libc.prctl(option, argument, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")
-
-
-def become_subreaper() -> None:
-    """Orphans of the engine's tree become this process's children, so that it can wait for all. Raises OSError."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+from shared.prctl import signal_at_parents_death
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], cgroup: Cgroup | None) -> int:
@@ -33,7 +17,7 @@ def start(command: Sequence[str], environment: Mapping[str, str], cgroup: Cgroup
     try:
         # Its own session: killpg reaches what stays in it, and the terminal's ^C doesn't.
         os.setsid()
-        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal_at_parents_death(signal.SIGKILL)
         if os.getppid() != parent:  # the keeper died before the prctl
             os._exit(1)
         if cgroup is not None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import zmq
 
-from procs.keeper import child, leftovers, life, tree
+from procs.keeper import child, leftovers, life, stopped, tree
 from procs.keeper.cgroup import Cgroup
 from shared.config import NodeConfig
 from shared.frames import Beat, Death, EngineState
 from shared.heart import Heart
+from shared.prctl import become_subreaper
 from shared.sockets import Decoder, LoopSocket, subscriber
 from shared.state import State
 
@@ -27,6 +28,9 @@ LOADING_GRACE_SECONDS = 3.0
 REAP_MARGIN_SECONDS = 5.0
 """Kept of supervisord's stopwaitsecs for killing and reaping what the engine left."""
 KILL_AGAIN_SECONDS = 0.05
+KILL_SIGNAL = signal.SIGUSR1
+"""To the keeper: the engine shall die now. From the coordinator when it hangs, from the kernel when supervisord is gone."""
+OURS = {signal.SIGTERM, signal.SIGINT, KILL_SIGNAL}
 COMPLAIN_SECONDS = 5.0
 
 
@@ -44,16 +48,17 @@ def keep(config: NodeConfig, command: Sequence[str], stop_wait: float) -> int:
     Raises OSError when the engine can't be started, TimeoutError when an earlier one can't be removed.
     """
     runtime_dir = config.path
-    child.become_subreaper()
+    parent = os.getppid()
+    become_subreaper()
     cgroup = Cgroup.make(runtime_dir)
     leftovers.clear(runtime_dir, cgroup)
     own = life.begin(runtime_dir)
     # A SIGTERM that comes while there is no handler yet waits for it: the engine must not be left behind.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
     pid = child.start(command, {**os.environ, **own.environment(runtime_dir)}, cgroup)
     logging.info("engine %d: pid %d%s", own.incarnation, pid, "" if cgroup is None else ", with its own cgroup")
     try:
-        return asyncio.run(Keeper(config, own.incarnation, pid, cgroup, stop_wait).run())
+        return asyncio.run(Keeper(config, own.incarnation, pid, cgroup, stop_wait, parent).run())
     finally:
         if cgroup is not None:
             cgroup.remove()
@@ -63,12 +68,15 @@ def keep(config: NodeConfig, command: Sequence[str], stop_wait: float) -> int:
 class Keeper:
     """One engine's life, from its start to the last of its processes."""
 
-    def __init__(self, config: NodeConfig, incarnation: int, engine_pid: int, cgroup: Cgroup | None, stop_wait: float) -> None:
+    def __init__(
+        self, config: NodeConfig, incarnation: int, engine_pid: int, cgroup: Cgroup | None, stop_wait: float, parent: int
+    ) -> None:
         self._config = config
         self._incarnation = incarnation
         self._engine = engine_pid
         self._cgroup = cgroup
         self._stop_wait = stop_wait
+        self._parent = parent
         self._watched: dict[int, Watched] = {}
         self._statuses: dict[int, int] = {}
         self._engine_gone = asyncio.Event()
@@ -84,7 +92,8 @@ class Keeper:
         loop.add_signal_handler(signal.SIGTERM, self._stop_asked.set)
         loop.add_signal_handler(signal.SIGINT, self._stop_asked.set)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+        loop.add_signal_handler(KILL_SIGNAL, self._kill_asked)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OURS)
         self._watch(self._engine)
         self._heart = Heart(self._config.path, "keeper", incarnation=self._incarnation)
         self._heart.repeat = lambda: [] if self._death is None else [self._death]
@@ -139,11 +148,21 @@ class Keeper:
         asyncio.get_running_loop().add_reader(pidfd, self._ended, pid)
 
     async def _scan(self) -> None:
+        still = stopped.Stopped()
         while True:
             for pid in tree.descendants(os.getpid()):
                 self._watch(pid)
+            words = still.look({pid: self._who(pid, watched.title) for pid, watched in self._watched.items()})
+            ending = self._death is not None or self._stop_asked.is_set()
+            if words != self._heart.beat.info.get("stopped", "") and not ending:
+                logging.warning("%s", words or "what was stopped runs again")
+                self._heart.set(State.READY, words, info={**self._heart.beat.info, "stopped": words})
             loading = self._engine_state in (State.STARTING, State.LOADING, State.WARMING)
             await asyncio.sleep(SCAN_LOADING_SECONDS if loading else SCAN_SECONDS)
+
+    def _who(self, pid: int, title: str) -> str | None:
+        """Who of the engine a process is, None for one that it can do without."""
+        return "engine" if pid == self._engine else tree.essential(title)
 
     def _ended(self, pid: int) -> None:
         """A watched process is dead (its pidfd is readable)."""
@@ -153,7 +172,7 @@ class Keeper:
             os.close(watched.pidfd)
         # The title may be newer than the last look at it; a zombie still has the beginning.
         names = (watched.title if watched else "", tree.title(pid))
-        who = "engine" if pid == self._engine else next((who for name in names if (who := tree.essential(name))), None)
+        who = next((who for name in names if (who := self._who(pid, name))), None)
         if who is not None and self._death is None and not self._stop_asked.is_set():
             if self._dead(self._engine):
                 # Children that die with their parent may be seen before it.
@@ -166,16 +185,24 @@ class Keeper:
     def _dead(self, pid: int) -> bool:
         return pid in self._statuses or tree.zombie_status(pid) is not None
 
-    def _say_death(self, who: str, pid: int, name: str) -> None:
-        """Say it, then kill the rest: the frame is on its way before anything else is done."""
+    def _say_death(self, who: str, pid: int, name: str, why: str = "") -> None:
+        """Say it, then kill the rest: the frame is on its way before anything else is done. ``why`` it was killed by us."""
         status = self._statuses.get(pid, tree.zombie_status(pid))
         label = f"{who} {name}" if who != "engine" and name else who
-        reason = f"{label} (pid {pid}) {'ended' if status is None else tree.how(status)}"
+        how = f"was killed: {why}" if why else "ended" if status is None else tree.how(status)
+        reason = f"{label} (pid {pid}) {how}"
         self._death = Death(self._incarnation, who, pid, reason, time.time())
         self._heart.publish(self._death)
         self._kill_all()
         self._heart.set(State.FAILED, reason)
         logging.error("engine %d is dead: %s", self._incarnation, reason)
+
+    def _kill_asked(self) -> None:
+        """KILL_SIGNAL: end the engine without a word to it; whoever waits for its tokens is told."""
+        if self._death is None:
+            why = "supervisord is gone" if os.getppid() != self._parent else "it hangs"
+            logging.error("the engine is killed: %s", why)
+            self._say_death("engine", self._engine, "", why)
 
     # --- ending ---
 

@@ -48,6 +48,12 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def state(pid: int) -> str:
+    """The state's letter as in proc(5); empty when there is no such process."""
+    fields = _read(pid, "stat").rpartition(")")[2].split()
+    return fields[0] if fields else ""
+
+
 def title(pid: int) -> str:
     """What the process calls itself; of a zombie only its first 15 bytes are left."""
     return _read(pid, "cmdline").replace("\0", " ").strip() or _read(pid, "comm").strip()

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from shared.config import NodeConfig
 from shared.engine_client import EngineClient
@@ -29,11 +30,18 @@ class Canary:
         self._said = said
         self._strikes = 0
         self._changed = asyncio.Event()
+        self._stopped = ""
         self.engine: Beat | None = None
         self.verdict: Verdict | None = None
 
     def _wake(self) -> None:
         self._changed.set()
+
+    def hear_stopped(self, words: str) -> None:
+        """What the keeper says of a process that is stopped by a signal; empty when all run."""
+        if words != self._stopped:
+            self._stopped = words
+            self._changed.set()
 
     async def run(self) -> None:
         """For ever: a canary at once for a new incarnation, later only for an engine that makes no steps."""
@@ -44,13 +52,19 @@ class Canary:
             if welcome is None:
                 await self._changed.wait()
                 continue
+            if self._stopped:
+                # No canary proves more than this does, and it would wait for its whole timeout.
+                self._judge(welcome.incarnation, self._stopped, certain=True)
+                judged = None
+                await self._changed.wait()
+                continue
             if welcome is judged:
                 before = self._steps
                 if await self._disturbed(self._config.canary_wait) or self._steps - before > OWN_STEPS:
                     continue
             before = self._steps
-            problem = await self._probe(welcome, FIRST_SECONDS if welcome is not judged else self._config.canary_timeout)
-            if self._client.welcome is not welcome:
+            problem = await self._unless_disturbed(welcome, self._probe(welcome, self._patience(welcome)))
+            if problem is None:
                 continue
             judged = welcome
             if problem and self._steps - before > OWN_STEPS:
@@ -58,6 +72,26 @@ class Canary:
                 logging.info("%s, but the engine works", problem)
                 continue
             self._judge(welcome.incarnation, problem)
+
+    def _patience(self, welcome: Welcome) -> float:
+        """Seconds for a canary: an incarnation's first one may compile kernels."""
+        known = self.verdict is not None and self.verdict.incarnation == welcome.incarnation
+        return self._config.canary_timeout if known else FIRST_SECONDS
+
+    async def _unless_disturbed(self, welcome: Welcome, probing: Coroutine[Any, Any, str]) -> str | None:
+        """The canary's problem, or nothing; None when the engine went or was stopped meanwhile."""
+        probe = asyncio.ensure_future(probing)
+        try:
+            while not probe.done():
+                self._changed.clear()
+                if self._stopped or self._client.welcome is not welcome:
+                    return None
+                waking = asyncio.ensure_future(self._changed.wait())
+                await asyncio.wait({probe, waking}, return_when=asyncio.FIRST_COMPLETED)
+                waking.cancel()
+            return None if self._client.welcome is not welcome else probe.result()
+        finally:
+            probe.cancel()
 
     @property
     def _steps(self) -> float:
@@ -90,10 +124,10 @@ class Canary:
                 stream.abort()
         return "a canary ended without a token"
 
-    def _judge(self, incarnation: int, problem: str) -> None:
+    def _judge(self, incarnation: int, problem: str, *, certain: bool = False) -> None:
         self._strikes = self._strikes + 1 if problem else 0
         healthy = self.verdict is not None and self.verdict.incarnation == incarnation and self.verdict.healthy
-        if problem and healthy and self._strikes < STRIKES:
+        if problem and healthy and not certain and self._strikes < STRIKES:
             logging.warning("%s (%d of %d)", problem, self._strikes, STRIKES)
             return
         verdict = Verdict(incarnation, not problem, problem)

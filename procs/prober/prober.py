@@ -78,6 +78,8 @@ class Prober:
                 self.board.hear(frame)
                 if frame.process == "engine":
                     self._canary.engine = frame
+                elif frame.process == "keeper":
+                    self._canary.hear_stopped(frame.info.get("stopped", ""))
                 if self._config.node_rank == 0:
                     self._client.hear_beat(frame)
             case Death():

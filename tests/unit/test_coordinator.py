@@ -6,7 +6,8 @@ import pytest
 
 from procs.coordinator import conditions, document
 from procs.coordinator.engine import EngineProgram
-from procs.coordinator.node import Facts, NodeState, node_state
+from procs.coordinator.hang import Hangs
+from procs.coordinator.node import Facts, NodeState, is_stuck, node_state
 from procs.coordinator.restart import RestartPolicy
 from shared.config import NodeConfig
 from shared.frames import Beat, Verdict
@@ -102,6 +103,43 @@ def test_five_deaths_in_ten_minutes_are_a_crash_loop() -> None:
     assert policy.died(603.0) is None
     policy.reset()
     assert policy.died(605.0) == 1
+
+
+def test_only_who_hangs_long_enough_is_killed_and_a_pause_of_our_own_counts_for_nothing() -> None:
+    hangs = Hangs(20.0)
+    now = 0.0
+
+    def look(engine: bool = True, silent: tuple[str, ...] = ("agent:0",)) -> list[str]:
+        return hangs.look(now, engine_stuck=engine, silent=silent)
+
+    assert look() == []
+    now = 1000.0  # paused
+    assert look() == []
+    killed = []
+    for _ in range(30):
+        now += 1.0
+        killed += [(name, now - 1000.0) for name in look()]
+    assert killed == [("agent:0", 14.0), ("engine", 19.0), ("agent:0", 29.0)]
+    look()
+    assert look(engine=False, silent=()) == [] and hangs.engine_left() is None
+    assert Hangs(0.0).look(0.0, engine_stuck=True, silent=()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "stuck"),
+    [
+        ({}, False),
+        ({"engine": None, "engine_lost": True}, True),
+        ({"engine": None}, False),
+        ({"verdict": Verdict(1, False, "no token")}, True),
+        ({"verdict": Verdict(1, False, "no token"), "death": "killed"}, False),
+        ({"verdict": Verdict(1, False, "no token"), "engine": beat("engine", "loading")}, False),
+        ({"verdict": Verdict(0, False, "no token")}, False),
+        ({"program": "EXITED", "engine": None, "engine_lost": True}, False),
+    ],
+)
+def test_an_engine_is_stuck_only_while_it_lives_and_serves_nobody(changes: dict[str, Any], stuck: bool) -> None:
+    assert is_stuck(facts(**changes)) is stuck
 
 
 def info(state: str, pid: int = 0, start: int = 100, exitstatus: int = 1) -> dict[str, Any]:
