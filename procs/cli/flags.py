@@ -143,7 +143,7 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
         "--hang-timeout",
         type=_seconds,
         default=300.0,
-        help="seconds after which an engine that lives but serves nobody is killed and started again; 0: never (default: %(default)g)",
+        help="seconds after which a hanging engine is killed and started again; 0: never (default: %(default)g)",
     )
     add("--group-port", type=_port, help=argparse.SUPPRESS)
     add("--group-key-file", help=argparse.SUPPRESS)

@@ -76,7 +76,9 @@ def node_state(facts: Facts) -> NodeState:
         return NodeState(State.STOPPED, "the engine is being stopped", "the engine's end")
     if facts.engine is None:
         if facts.engine_lost:
-            return NodeState(State.UNHEALTHY, "the engine's process lives but says nothing", f"a sign of life{_kill(facts)}")
+            return NodeState(
+                State.UNHEALTHY, "the engine's process lives but says nothing", f"a sign of life of the engine{_kill(facts)}"
+            )
         return NodeState(State.STARTING, "the engine's process is starting", "the engine")
     if facts.engine.state != State.READY:
         return _engine_says(facts.engine)
