@@ -78,9 +78,11 @@ def drain(directory: Path, reason: str, seconds: float, say: Say) -> None:
     def through(status: dict[str, Any]) -> bool:
         if status["want"] != "drain":
             raise NodeError("the drain was taken back" if status["want"] == "serve" else "the node is stopping")
-        # Without an engine there is nothing to wait for but the agents.
+        if status["state"] == State.DRAINED:
+            return True
+        # A node without a ready engine does not call itself drained, but its agents do.
         agents = [row for row in status["processes"] if row["name"].startswith(AGENT) and row["pid"]]
-        return status["state"] == State.DRAINED or (not status["registered"] and all(r["state"] == State.DRAINED for r in agents))
+        return not status["registered"] and not status["inflight"] and all(row["state"] == State.DRAINED for row in agents)
 
     until(directory, through, seconds + DRAIN_MARGIN_SECONDS, "drained", say)
 

@@ -58,6 +58,12 @@ def gone(pid: int) -> bool:
         return True
 
 
+def instances(node: "Node", store: Path | None = None) -> list[Path]:
+    """The workers that a file discovery holds, ``store`` or the node's own: one file each, for the generate endpoint."""
+    root = (store or node.runtime_dir / "discovery") / "v1" / "instances"
+    return [path for path in root.rglob("*") if path.is_file() and "generate" in str(path)] if root.is_dir() else []
+
+
 class Node:
     """One node in a runtime directory of its own (short path: unix sockets end at 107 bytes)."""
 
@@ -78,10 +84,16 @@ class Node:
         ports += [] if "--system-port" in self.arguments else ["--system-port", "0"]
         return [SGNODE, "serve", *self.arguments, *where, *ports]
 
-    def start(self) -> "Node":
+    def start(self, *, group: bool = False) -> "Node":
+        """``group``: in a process group of its own, as a shell's job has."""
         with self.console.open("wb") as out:
             self.process = subprocess.Popen(
-                self.command(), env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+                self.command(),
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                process_group=0 if group else None,
             )
         return self
 
@@ -127,9 +139,17 @@ class Node:
 
     # --- what it says ------------------------------------------------------------------------------------------------
 
+    def sgnode_command(self, *arguments: str) -> list[str]:
+        return [SGNODE, arguments[0], "--runtime-dir", str(self.runtime_dir), *arguments[1:]]
+
+    @staticmethod
+    def tool(name: str) -> str:
+        """Another script of the virtual environment."""
+        return str(Path(SGNODE).with_name(name))
+
     def sgnode(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run another sgnode command on this node."""
-        command = [SGNODE, arguments[0], "--runtime-dir", str(self.runtime_dir), *arguments[1:]]
+        command = self.sgnode_command(*arguments)
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
 
     def status(self) -> dict[str, Any]:

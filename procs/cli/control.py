@@ -120,7 +120,8 @@ def restart(argv: list[str]) -> int:
 
 
 def _restart_engine(directory: Path, patience: float, *, everything: bool) -> None:
-    before = rolling.document(directory)["want"]
+    status = rolling.document(directory)
+    before, incarnation = status["want"], status["incarnation"]
     if before == "stop":
         raise NodeError("the node is stopping")
     what = "sgnode restart" + ("" if everything else " engine")
@@ -142,7 +143,7 @@ def _restart_engine(directory: Path, patience: float, *, everything: bool) -> No
     def up(status: dict[str, Any]) -> bool:
         if status["state"] == State.FAILED:
             raise NodeError(f"failed: {status['reason']}")
-        return bool(status["state"] == State.READY)
+        return bool(status["state"] == State.READY and status["incarnation"] > incarnation)
 
     rolling.until(directory, up, LOAD_SECONDS, "ready", _say)
     _say("ready")

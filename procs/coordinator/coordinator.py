@@ -158,7 +158,7 @@ class Coordinator:
         """
         with contextlib.suppress(*CALL_ERRORS):
             last = json.loads(await self._call("sgnode.node"))
-            self._want(last["want"], "as before", hurry=last["hurry"])
+            self._want(last["want"], last["want_reason"], hurry=last["hurry"])
             if not last["incarnation"]:
                 return  # the node's first coordinator, or one before the first engine: nothing to go on with
             self._node, self._since = NodeState(State(last["state"]), last["reason"]), last["since"]

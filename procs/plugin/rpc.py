@@ -76,7 +76,8 @@ class Plugin:
         """
         age = None if self._heard is None else time.monotonic() - self._heard
         document = facts.merge(self._document, age, self._processes(), self._is_stopping)
-        return json.dumps({**document, "want": self._wants.want, "hurry": self._wants.hurry})
+        wants = self._wants
+        return json.dumps({**document, "want": wants.want, "want_reason": wants.reason, "hurry": wants.hurry})
 
     def want(self, want: str, reason: str) -> bool:
         """Drain the node or let it serve again
@@ -116,7 +117,9 @@ class Plugin:
     @property
     def serves(self) -> bool:
         """Streams may be running, or come: an end of the engine would cut them."""
-        return bool(self._document.get("registered") or self._document.get("inflight"))
+        document = self._document
+        # The engine's own count is half a second old at worst: agents that are all drained know better.
+        return bool(document.get("registered") or (document.get("inflight") and document.get("state") != "drained"))
 
     # --- inside ---
 
