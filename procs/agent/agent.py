@@ -77,7 +77,7 @@ class Agent:
         # Should Dynamo's runtime block after all, the signal's default action ends this process: it has nothing to finish.
         for number in STOP_SIGNALS:
             loop.remove_signal_handler(number)
-        self._identity = Identity(config, role, self._handler)
+        self._identity = Identity(config, self._name, role, self._handler)
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._ask_stop)
         self._identity.on_end = self._changed.set

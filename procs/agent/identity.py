@@ -28,6 +28,7 @@ from procs.agent.handler import Handler
 from shared.config import NodeConfig
 from shared.errors import NodeError
 from shared.frames import EngineFacts, KvUse, Welcome
+from shared.registrations import Registration, hold
 from shared.roles.role import Role
 
 CLOSE_SECONDS = 5.0
@@ -37,14 +38,14 @@ CLOSE_SECONDS = 5.0
 class Identity:
     """One worker of the cluster, for the life of this process: its worker id does not change with the engine."""
 
-    def __init__(self, config: NodeConfig, role: Role, handler: Handler) -> None:
+    def __init__(self, config: NodeConfig, name: str, role: Role, handler: Handler) -> None:
         self._config = config
         self._role = role
         self._handler = handler
         # Set before the runtime exists: it reads the variable once, and has no way to tell which port 0 became.
-        port = _free_port()
-        os.environ["DYN_SYSTEM_PORT"] = str(port)
         host = os.environ.setdefault("DYN_SYSTEM_HOST", "127.0.0.1")
+        port = _free_port(host)
+        os.environ["DYN_SYSTEM_PORT"] = str(port)
         self.metrics_url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}/metrics"
         dynamo = config.dynamo
         self._runtime = DistributedRuntime(
@@ -56,7 +57,10 @@ class Identity:
         )
         self._generate = self._runtime.endpoint(f"{dynamo.namespace}.{dynamo.component}.{dynamo.endpoint}")
         self._clear = self._runtime.endpoint(f"{dynamo.namespace}.{dynamo.component}.clear_kv_blocks")
-        self.worker_id = str(self._generate.connection_id())
+        worker = self._generate.connection_id()
+        self.worker_id = str(worker)
+        store = os.environ.get("DYN_FILE_KV", "") if dynamo.discovery_backend == "file" else ""
+        hold(config.path, Registration(name, worker, dynamo.discovery_backend, store))
         self._serving: list[asyncio.Future[Any]] = []
         self._closing = False
         self._withdrawn = False
@@ -192,10 +196,10 @@ def _card_key(facts: EngineFacts) -> str:
     return json.dumps({name: getattr(facts, name) for name in facts.__struct_fields__ if name not in skip}, sort_keys=True)
 
 
-def _free_port() -> int:
-    """A free loopback port below the ephemeral range: Dynamo 1.6.1 reads DYN_SYSTEM_PORT as a signed 16-bit number."""
+def _free_port(host: str) -> int:
+    """A free port below the ephemeral range: Dynamo 1.6.1 reads DYN_SYSTEM_PORT as a signed 16-bit number."""
     for port in random.sample(range(20_000, 32_768), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
             return port
     raise NodeError("no free port between 20000 and 32767 for an agent's metrics")
