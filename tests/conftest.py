@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.harness import SGNODE
+from tests.streams import Streams
 
 SOAK = bool(os.environ.get("SGNODE_SOAK"))
 """Set by `make soak`: rounds are repeated and their figures kept."""
@@ -21,6 +22,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "demo-llama"
     subprocess.run([SGNODE, "demo-model", str(path)], check=True, capture_output=True, timeout=120)
     return path
+
+
+@pytest.fixture
+def streams() -> Iterator[Streams]:
+    """Streams through a frontend, in a thread of their own."""
+    with Streams() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

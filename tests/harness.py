@@ -50,18 +50,32 @@ def marked_pids(runtime_dir: Path) -> list[int]:
     return found
 
 
-def gone(pid: int) -> bool:
-    """True when the process has ended (a zombie has)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
 def instances(node: "Node", store: Path | None = None) -> list[Path]:
     """The workers that a file discovery holds, ``store`` or the node's own: one file each, for the generate endpoint."""
     root = (store or node.runtime_dir / "discovery") / "v1" / "instances"
     return [path for path in root.rglob("*") if path.is_file() and "generate" in str(path)] if root.is_dir() else []
+
+
+def process_state(pid: int) -> str:
+    """proc(5)'s letter: R, S, D, T, Z; empty when the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def gone(pid: int) -> bool:
+    """True when the process has ended (a zombie has)."""
+    return process_state(pid) in ("", "Z")
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a signal and prove what it does: SIGKILL ends the process, SIGSTOP stops it, SIGCONT lets it go on."""
+    os.kill(pid, number)
+    if number == signal.SIGKILL:
+        wait_for(f"{pid} dead", lambda: gone(pid), 5, every=0.002)
+    elif number in (signal.SIGSTOP, signal.SIGCONT):
+        wait_for(f"{pid} {number.name}", lambda: (process_state(pid) == "T") == (number == signal.SIGSTOP), 5, every=0.002)
 
 
 class Node:
@@ -183,3 +197,15 @@ class Node:
                 tail = path.read_text(errors="replace").splitlines()[-lines:]
                 texts.append(f"--- {path.name}\n" + "\n".join(tail))
         return "\n".join(texts)
+
+
+def running(node: Node, count: int) -> None:
+    """Wait until the engine says that it runs so many requests."""
+    wait_for(f"{count} streams in the engine", lambda: node.status().get("inflight") == count, 30)
+
+
+def nothing_left(node: Node) -> None:
+    """Of a stopped node: no process within 5 s, no file but its logs."""
+    wait_for("no process left", lambda: not marked_pids(node.runtime_dir), 5)
+    left = [p.relative_to(node.runtime_dir) for p in node.runtime_dir.rglob("*") if not p.is_dir()]
+    assert all(path.parts[0] == "log" for path in left), left

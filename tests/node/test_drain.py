@@ -5,33 +5,17 @@ import signal
 import subprocess
 import time
 import xmlrpc.client
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from shared import supervisord
-from tests.harness import Node, gone, instances, marked_pids, wait_for
+from tests.harness import Node, gone, instances, marked_pids, nothing_left, running, wait_for
 from tests.node.conftest import MODEL
 from tests.streams import FOREVER, Streams
 
 Make = Callable[..., Node]
 Rounds = Callable[[int], int]
-
-
-@pytest.fixture
-def streams() -> Iterator[Streams]:
-    with Streams() as made:
-        yield made
-
-
-def running(node: Node, count: int) -> None:
-    wait_for(f"{count} streams in the engine", lambda: node.status().get("inflight") == count, 30)
-
-
-def nothing_left(node: Node) -> None:
-    wait_for("no process left", lambda: not marked_pids(node.runtime_dir), 5)
-    left = [p.relative_to(node.runtime_dir) for p in node.runtime_dir.rglob("*") if not p.is_dir()]
-    assert all(path.parts[0] == "log" for path in left), left
 
 
 # --- drain and resume ------------------------------------------------------------------------------------------------
