@@ -52,6 +52,7 @@ class Agent:
         self._withdrawn_at: float | None = None
         self._discovery: asyncio.Task[None] | None = None
         self._discovery_trouble = ""
+        self._store_trouble = ""
         self._retry_at = 0.0
         self._drain: Drain | None = None
         self._refusing = ""
@@ -193,17 +194,24 @@ class Agent:
             if self._identity.ended:
                 raise RuntimeError(f"Dynamo's runtime ended: {self._identity.ended}")
             unmet = self._unmet()
+            if self._registered and self._identity.lost():
+                logging.error("others have expired this worker in the file store: it is registered again")
+                self._registered = False
             await self._follow(wanted=not unmet and not self._draining, why=unmet)
             if self._draining:
                 if self._look_at_drain() and self._stop_asked:
                     return
             else:
                 self._drain, self._refusing = None, ""
+                trouble = self._identity.store_trouble()
+                if trouble != self._store_trouble:
+                    logging.error("%s", trouble or "the file store can be written again")
+                    self._store_trouble = trouble
                 if self._registered:
-                    self._heart.set(State.READY, f"worker {self._identity.worker_id}")
+                    self._heart.set(State.READY, f"worker {self._identity.worker_id}{trouble and f'; {trouble}'}")
                 else:
                     waiting_for = "discovery" if self._discovery_trouble else unmet
-                    self._heart.set(State.WAITING, self._discovery_trouble, waiting_for=waiting_for)
+                    self._heart.set(State.WAITING, trouble or self._discovery_trouble, waiting_for=waiting_for)
             try:
                 async with asyncio.timeout(TICK_SECONDS):
                     await self._changed.wait()

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dynamo.common.utils.endpoint_types import parse_endpoint_types
@@ -25,6 +26,7 @@ from dynamo.runtime import DistributedRuntime
 from prometheus_client import CollectorRegistry
 
 from procs.agent.handler import Handler
+from procs.agent.store import CARDS, INSTANCES, FileStore
 from shared.config import NodeConfig
 from shared.errors import NodeError
 from shared.frames import EngineFacts, KvUse, Welcome
@@ -61,6 +63,7 @@ class Identity:
         self.worker_id = str(worker)
         store = os.environ.get("DYN_FILE_KV", "") if dynamo.discovery_backend == "file" else ""
         hold(config.path, Registration(name, worker, dynamo.discovery_backend, store))
+        self._store = FileStore(Path(store), worker) if store else None
         self._serving: list[asyncio.Future[Any]] = []
         self._closing = False
         self._withdrawn = False
@@ -79,6 +82,8 @@ class Identity:
         if not self._serving:
             await self._serve(welcome.facts)
         card = _card_key(welcome.facts)
+        if self._card and self._expired(CARDS):
+            self._card = ""
         if card != self._card:
             if self._card:
                 logging.info("the engine's facts have changed: replacing the model card")
@@ -86,7 +91,7 @@ class Identity:
                 await unregister_model(self._generate)
             await self._register_model(welcome)
             self._card = card
-        if self._withdrawn:
+        if self._withdrawn or self._expired(INSTANCES):
             await self._generate.register_endpoint_instance()
             self._withdrawn = False
         if self._gauges is not None:
@@ -94,8 +99,20 @@ class Identity:
 
     async def withdraw(self) -> None:
         """Take this instance out of discovery; requests that a router sent already are still served."""
-        await self._generate.unregister_endpoint_instance()
+        if not self._expired(INSTANCES):  # Dynamo calls it an error then
+            await self._generate.unregister_endpoint_instance()
         self._withdrawn = True
+
+    def lost(self) -> bool:
+        """A record of this worker was expired by others: it has to be registered again."""
+        return self._expired(INSTANCES) or self._expired(CARDS)
+
+    def store_trouble(self) -> str:
+        """Why that may happen soon; empty when it won't, and with any backend but files."""
+        return self._store.trouble() if self._store is not None else ""
+
+    def _expired(self, kind: str) -> bool:
+        return self._store is not None and bool(self._serving) and not self._store.has(kind)
 
     def publish_load(self, use: KvUse) -> None:
         """KV use of one DP rank, under this worker's identity: a router takes it from nobody else."""

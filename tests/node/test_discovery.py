@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.streams import Streams
 Make = Callable[..., Node]
 Figures = Callable[..., None]
 LEASE_SECONDS = 10
-"""Dynamo 1.6.1's lease: an outage below it is survived by the lease, one above ends Dynamo's runtime in each process."""
+"""Dynamo 1.6.1's lease: it survives a shorter outage; some 28 s into a longer one Dynamo's runtime ends in each process."""
 
 
 @pytest.fixture
@@ -54,10 +55,8 @@ def test_a_killed_agent_leaves_etcd_at_once(make_node: Make, etcd: Etcd, figures
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seconds", [9, 60])
+@pytest.mark.parametrize("seconds", [9, 60] if SOAK else [9])
 def test_etcd_is_stopped(make_node: Make, etcd: Etcd, figures: Figures, streams: Streams, seconds: int) -> None:
-    if seconds > LEASE_SECONDS and not SOAK:
-        seconds = 14  # the same way through: the lease is lost
     node = make_node("--discovery-backend", "etcd", "--no-frontend", "--agents", "2", dials="step_seconds=0.03")
     with_etcd(node, etcd)
     wait_for("both agents", lambda: len(etcd.instances()) == 2, 10)
@@ -102,23 +101,35 @@ def test_the_file_store_becomes_unwritable(make_node: Make, streams: Streams, fi
     node.start().wait_ready(40)
     wait_for("both agents", lambda: len(instances(node, store)) == 2, 10)
     engine, url = engine_of(node), node.url
+
+    def rows() -> list[dict[str, Any]]:
+        return [row for row in node.status().get("processes", []) if row["name"].startswith("agent")]
+
     subprocess.run(["mount", "--bind", str(store), str(store)], check=True)
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(store)], check=True)
         with pytest.raises(OSError, match="Read-only"):
             (store / "v1" / "x").touch()
-        results = streams.start(url, MODEL, 8, 150)
+        results = streams.start(url, MODEL, 8, 150)  # 4.5 s
         streams.flowing(results)
-        assert node.sgnode("drain", "--no-wait").returncode == 0
-        said = wait_for("the reason", lambda: "Read-only" in str(node.status().get("processes")), 10, every=0.1)
-        assert said
+        said = wait_for("the reason", lambda: [row["detail"] for row in rows() if "can't be written" in row["detail"]], 10)
+        assert str(store) in said[0]
+        new = streams.start(url, MODEL, 4, 10)
         streams.join(30)
-        assert all(r.complete and r.tokens == 150 for r in results), results
+        assert all(r.complete for r in results + new), streams.results
     finally:
         subprocess.run(["umount", "-l", str(store)], check=True)
-    writable = time.monotonic()
-    assert node.sgnode("resume").returncode == 0
-    node.wait_ready(30)
+    # Another process of the cluster, which could write all the time, has taken the workers for dead.
+    for path in store.glob("v1/*/*"):
+        path.unlink()
+    gone_at = time.monotonic()
     wait_for("both agents", lambda: len(instances(node, store)) == 2, 10)
-    figures(back_s=round(time.monotonic() - writable, 2))
+    figures(back_s=round(time.monotonic() - gone_at, 2))
+    wait_for("no complaint", lambda: "can't" not in str(rows()), 10)
+    node.wait_ready(30)
     assert engine_of(node) == engine
+    with Frontend(store) as fresh:
+        fresh.wait_model(MODEL)
+        again = streams.start(fresh.url, MODEL, 4, 10)
+        streams.join(30)
+        assert all(r.complete for r in again), again

@@ -38,6 +38,8 @@ class Discovery:
         self.load: list[KvUse] = []
         self.failures = 0
         self.hangs = False
+        self.expired = False
+        self.trouble = ""
         self.ended = ""
         self.on_end: Callable[[], None] = lambda: None
 
@@ -54,6 +56,13 @@ class Discovery:
 
     async def withdraw(self) -> None:
         await self._call("withdraw")
+
+    def lost(self) -> bool:
+        was, self.expired = self.expired, False
+        return was
+
+    def store_trouble(self) -> str:
+        return self.trouble
 
     def publish_load(self, use: KvUse) -> None:
         self.load.append(use)
