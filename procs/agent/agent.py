@@ -205,7 +205,8 @@ class Agent:
                 self._drain, self._refusing = None, ""
                 trouble = self._identity.store_trouble()
                 if trouble != self._store_trouble:
-                    logging.error("%s", trouble or "the file store can be written again")
+                    level = logging.ERROR if trouble else logging.INFO
+                    logging.log(level, "%s", trouble or "the file store can be written again")
                     self._store_trouble = trouble
                 if self._registered:
                     self._heart.set(State.READY, f"worker {self._identity.worker_id}{trouble and f'; {trouble}'}")

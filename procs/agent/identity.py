@@ -63,7 +63,7 @@ class Identity:
         self.worker_id = str(worker)
         store = os.environ.get("DYN_FILE_KV", "") if dynamo.discovery_backend == "file" else ""
         hold(config.path, Registration(name, worker, dynamo.discovery_backend, store))
-        self._store = FileStore(Path(store), worker) if store else None
+        self._store = FileStore(Path(store), dynamo.endpoint, worker) if store else None
         self._serving: list[asyncio.Future[Any]] = []
         self._closing = False
         self._withdrawn = False
