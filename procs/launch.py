@@ -52,9 +52,10 @@ def environment(program: str, environ: dict[str, str], config: NodeConfig) -> di
         # A slow reader gets the end of its stream: Dynamo 1.6.1 would cut every connection after 5 s.
         result.setdefault("DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", str(FRONTEND_STOP_SECONDS))
     if program == "agent":
-        # Any free loopback port; the relay scrapes it.
+        # Any free port. The relay scrapes it, and whoever reads the model card fetches the tokenizer there: it must be
+        # reachable wherever the requests are (0.0.0.0: Dynamo advertises the host's outward address).
         result["DYN_SYSTEM_PORT"] = "0"
-        result["DYN_SYSTEM_HOST"] = "127.0.0.1"
+        result["DYN_SYSTEM_HOST"] = result.get("DYN_TCP_RPC_HOST", "0.0.0.0")
     # The mark of an engine's processes (procs/keeper/life.py): inherited from outside it would make all of us its leftovers.
     result.pop("SGNODE_INCARNATION", None)
     result[RUNTIME_DIR_VARIABLE] = config.runtime_dir

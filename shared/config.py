@@ -116,6 +116,7 @@ EVENTS_SOCKET = "sock/events"
 """Unix datagram socket of the coordinator, for the supervisord plugin's ProcessChange hints."""
 INCARNATION_FILE = "incarnation"
 DISCOVERY_DIR = "discovery"
+REGISTRATIONS_DIR = "registrations"
 LOCK_FILE = "lock"
 
 

@@ -177,7 +177,10 @@ class Beat(Frame, tag="Beat"):
 
 
 class Death(Frame, tag="Death"):
-    """The engine of ``incarnation`` is dead or dying: ``who`` died first (engine, scheduler, ...), and why."""
+    """The engine of ``incarnation`` is dead or dying: ``who`` died first (engine, scheduler, ...), and why.
+
+    From the keeper; from the coordinator when the keeper itself was killed.
+    """
 
     incarnation: int
     who: str
@@ -222,7 +225,7 @@ EngineState = Beat | KvUse
 KeeperState = Beat | Death
 RelayState = Beat | KvUse
 ProberState = Beat | Verdict
-CoordinatorState = Beat | Intent
+CoordinatorState = Beat | Death | Intent
 AgentState = Beat
 AnyState = Beat | Death | KvUse | Verdict | Intent
 

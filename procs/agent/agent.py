@@ -52,6 +52,7 @@ class Agent:
         self._withdrawn_at: float | None = None
         self._discovery: asyncio.Task[None] | None = None
         self._discovery_trouble = ""
+        self._store_trouble = ""
         self._retry_at = 0.0
         self._drain: Drain | None = None
         self._refusing = ""
@@ -77,7 +78,7 @@ class Agent:
         # Should Dynamo's runtime block after all, the signal's default action ends this process: it has nothing to finish.
         for number in STOP_SIGNALS:
             loop.remove_signal_handler(number)
-        self._identity = Identity(config, role, self._handler)
+        self._identity = Identity(config, self._name, role, self._handler)
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._ask_stop)
         self._identity.on_end = self._changed.set
@@ -193,17 +194,25 @@ class Agent:
             if self._identity.ended:
                 raise RuntimeError(f"Dynamo's runtime ended: {self._identity.ended}")
             unmet = self._unmet()
+            if self._registered and self._identity.lost():
+                logging.error("others have expired this worker in the file store: it is registered again")
+                self._registered = False
             await self._follow(wanted=not unmet and not self._draining, why=unmet)
             if self._draining:
                 if self._look_at_drain() and self._stop_asked:
                     return
             else:
                 self._drain, self._refusing = None, ""
+                trouble = self._identity.store_trouble()
+                if trouble != self._store_trouble:
+                    level = logging.ERROR if trouble else logging.INFO
+                    logging.log(level, "%s", trouble or "the file store can be written again")
+                    self._store_trouble = trouble
                 if self._registered:
-                    self._heart.set(State.READY, f"worker {self._identity.worker_id}")
+                    self._heart.set(State.READY, f"worker {self._identity.worker_id}{trouble and f'; {trouble}'}")
                 else:
                     waiting_for = "discovery" if self._discovery_trouble else unmet
-                    self._heart.set(State.WAITING, self._discovery_trouble, waiting_for=waiting_for)
+                    self._heart.set(State.WAITING, trouble or self._discovery_trouble, waiting_for=waiting_for)
             try:
                 async with asyncio.timeout(TICK_SECONDS):
                     await self._changed.wait()

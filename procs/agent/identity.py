@@ -8,6 +8,7 @@ import os
 import random
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dynamo.common.utils.endpoint_types import parse_endpoint_types
@@ -25,9 +26,11 @@ from dynamo.runtime import DistributedRuntime
 from prometheus_client import CollectorRegistry
 
 from procs.agent.handler import Handler
+from procs.agent.store import CARDS, INSTANCES, FileStore
 from shared.config import NodeConfig
 from shared.errors import NodeError
 from shared.frames import EngineFacts, KvUse, Welcome
+from shared.registrations import Registration, hold
 from shared.roles.role import Role
 
 CLOSE_SECONDS = 5.0
@@ -37,14 +40,14 @@ CLOSE_SECONDS = 5.0
 class Identity:
     """One worker of the cluster, for the life of this process: its worker id does not change with the engine."""
 
-    def __init__(self, config: NodeConfig, role: Role, handler: Handler) -> None:
+    def __init__(self, config: NodeConfig, name: str, role: Role, handler: Handler) -> None:
         self._config = config
         self._role = role
         self._handler = handler
         # Set before the runtime exists: it reads the variable once, and has no way to tell which port 0 became.
-        port = _free_port()
-        os.environ["DYN_SYSTEM_PORT"] = str(port)
         host = os.environ.setdefault("DYN_SYSTEM_HOST", "127.0.0.1")
+        port = _free_port(host)
+        os.environ["DYN_SYSTEM_PORT"] = str(port)
         self.metrics_url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}/metrics"
         dynamo = config.dynamo
         self._runtime = DistributedRuntime(
@@ -56,7 +59,11 @@ class Identity:
         )
         self._generate = self._runtime.endpoint(f"{dynamo.namespace}.{dynamo.component}.{dynamo.endpoint}")
         self._clear = self._runtime.endpoint(f"{dynamo.namespace}.{dynamo.component}.clear_kv_blocks")
-        self.worker_id = str(self._generate.connection_id())
+        worker = self._generate.connection_id()
+        self.worker_id = str(worker)
+        store = os.environ.get("DYN_FILE_KV", "") if dynamo.discovery_backend == "file" else ""
+        hold(config.path, Registration(name, worker, dynamo.discovery_backend, store))
+        self._store = FileStore(Path(store), dynamo.endpoint, worker) if store else None
         self._serving: list[asyncio.Future[Any]] = []
         self._closing = False
         self._withdrawn = False
@@ -75,6 +82,8 @@ class Identity:
         if not self._serving:
             await self._serve(welcome.facts)
         card = _card_key(welcome.facts)
+        if self._card and self._expired(CARDS):
+            self._card = ""
         if card != self._card:
             if self._card:
                 logging.info("the engine's facts have changed: replacing the model card")
@@ -82,7 +91,7 @@ class Identity:
                 await unregister_model(self._generate)
             await self._register_model(welcome)
             self._card = card
-        if self._withdrawn:
+        if self._withdrawn or self._expired(INSTANCES):
             await self._generate.register_endpoint_instance()
             self._withdrawn = False
         if self._gauges is not None:
@@ -90,8 +99,20 @@ class Identity:
 
     async def withdraw(self) -> None:
         """Take this instance out of discovery; requests that a router sent already are still served."""
-        await self._generate.unregister_endpoint_instance()
+        if not self._expired(INSTANCES):  # Dynamo calls it an error then
+            await self._generate.unregister_endpoint_instance()
         self._withdrawn = True
+
+    def lost(self) -> bool:
+        """A record of this worker was expired by others: it has to be registered again."""
+        return self._expired(INSTANCES) or self._expired(CARDS)
+
+    def store_trouble(self) -> str:
+        """Why that may happen soon; empty when it won't, and with any backend but files."""
+        return self._store.trouble() if self._store is not None else ""
+
+    def _expired(self, kind: str) -> bool:
+        return self._store is not None and bool(self._serving) and not self._store.has(kind)
 
     def publish_load(self, use: KvUse) -> None:
         """KV use of one DP rank, under this worker's identity: a router takes it from nobody else."""
@@ -192,10 +213,10 @@ def _card_key(facts: EngineFacts) -> str:
     return json.dumps({name: getattr(facts, name) for name in facts.__struct_fields__ if name not in skip}, sort_keys=True)
 
 
-def _free_port() -> int:
-    """A free loopback port below the ephemeral range: Dynamo 1.6.1 reads DYN_SYSTEM_PORT as a signed 16-bit number."""
+def _free_port(host: str) -> int:
+    """A free port below the ephemeral range: Dynamo 1.6.1 reads DYN_SYSTEM_PORT as a signed 16-bit number."""
     for port in random.sample(range(20_000, 32_768), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
             return port
     raise NodeError("no free port between 20000 and 32767 for an agent's metrics")

@@ -5,16 +5,15 @@ import contextlib
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from shared import etcd
+
 CONNECT_SECONDS = 2.0
 
 
 def endpoints(environ: Mapping[str, str]) -> list[tuple[str, int]]:
     """Host and port of each of ETCD_ENDPOINTS, or etcd's default."""
-    found = []
-    for text in (environ.get("ETCD_ENDPOINTS") or "http://localhost:2379").split(","):
-        parts = urlsplit(text.strip() if "//" in text else f"//{text.strip()}")
-        found.append((parts.hostname or "localhost", parts.port or 2379))
-    return found
+    places = [urlsplit(url) for url in etcd.urls(environ)]
+    return [(place.hostname or "localhost", place.port or etcd.PORT) for place in places]
 
 
 async def reachable(host: str, port: int) -> bool:

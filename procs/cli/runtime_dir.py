@@ -15,6 +15,7 @@ from shared.config import (
     INCARNATION_FILE,
     LOCK_FILE,
     LOG_DIR,
+    REGISTRATIONS_DIR,
     SOCKET_DIR,
     SUPERVISOR_CONF,
     SUPERVISOR_SOCKET,
@@ -26,7 +27,7 @@ SUPERVISOR_BINDS = f"{SUPERVISOR_SOCKET}.4194304"
 """supervisor 4.3 binds its socket under a name with its pid, then renames it."""
 SGLANG_IPC = f"{TEMPORARY_DIR}/999999/tmpXXXXXXXX"
 """SGLang 0.5.23 names its ipc sockets by tempfile in TMPDIR, which has the engine's incarnation in it."""
-SUBDIRECTORIES = (LOG_DIR, SOCKET_DIR, TEMPORARY_DIR, DISCOVERY_DIR)
+SUBDIRECTORIES = (LOG_DIR, SOCKET_DIR, TEMPORARY_DIR, DISCOVERY_DIR, REGISTRATIONS_DIR)
 FILES = (LOCK_FILE, CONFIG_FILE, "node.tmp", SUPERVISOR_CONF, SUPERVISOR_SOCKET, "supervisord.pid", INCARNATION_FILE)
 """What else a node has in its directory; a suffix makes a temporary form."""
 
@@ -77,8 +78,11 @@ class Claim:
         os.close(self.lock)
 
     def prepare(self) -> None:
-        """Make the subdirectories; what a node that was killed left behind goes, but for its logs. Raises OSError."""
-        self._clear(keep=(LOG_DIR, LOCK_FILE))
+        """Make the subdirectories; what a node that was killed left behind goes, but for its logs and what it has in discovery.
+
+        Raises OSError.
+        """
+        self._clear(keep=(LOG_DIR, LOCK_FILE, REGISTRATIONS_DIR))
         for name in SUBDIRECTORIES:
             (self.directory / name).mkdir(mode=0o700, exist_ok=True)
 

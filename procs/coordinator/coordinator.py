@@ -20,6 +20,7 @@ from procs.coordinator.engine import EngineProgram
 from procs.coordinator.hang import Hangs
 from procs.coordinator.node import Facts, NodeState, is_stuck, node_state
 from procs.coordinator.restart import RestartPolicy
+from procs.coordinator.revoke import Revoker
 from shared import supervisord
 from shared.config import EVENTS_SOCKET, NodeConfig
 from shared.frames import AnyState, Beat, Death, Intent, ProcessChange, Verdict
@@ -39,6 +40,8 @@ RPC_SECONDS = 3.0
 """supervisord answers within milliseconds, or it is gone."""
 READY_STATES = (State.READY, State.DRAINING, State.DRAINED)
 """With one of these the engine has had a good life so far."""
+DEAD = ("EXITED", "BACKOFF", "FATAL")
+"""supervisord's states of a program that ended without being asked to."""
 CALL_ERRORS = (OSError, http.client.HTTPException, xmlrpc.client.Error)
 
 
@@ -50,6 +53,7 @@ class Coordinator:
         self._board = Board()
         self._program = EngineProgram(RestartPolicy())
         self._hangs = Hangs(config.hang_timeout)
+        self._revoker = Revoker(config.path)
         self._conditions: list[Condition] = []
         self._verdict: Verdict | None = None
         self._death: Death | None = None
@@ -80,12 +84,15 @@ class Coordinator:
         self._hints: Decoder[ProcessChange] = Decoder(ProcessChange, "supervisord's hints")
         loop.add_reader(hints.fileno(), self._on_hint, hints)
         working = loop.create_task(self._work())
+        revoking = loop.create_task(self._revoker.run())
         ending = loop.create_task(self._end.wait())
         try:
-            await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                working.result()  # a defect: end with its traceback, supervisord starts a new one
+            await asyncio.wait({working, revoking, ending}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (working, revoking):
+                if task.done():
+                    task.result()  # a defect: end with its traceback, supervisord starts a new one
         finally:
+            revoking.cancel()
             working.cancel()
             ending.cancel()
             loop.remove_reader(hints.fileno())
@@ -129,7 +136,24 @@ class Coordinator:
                     self._want("stop", "supervisord is stopping the node", hurry=self._hurry)
                 elif change is not None and change.process == "engine":
                     self._program.state = change.state  # the only word on it while supervisord stops
+                    self._say_keepers_death(change.state)
+                elif change is not None and change.process in self._config.agent_names:
+                    self._revoker.look.set()
                 self._changed.set()
+
+    def _say_keepers_death(self, program: str) -> None:
+        """A keeper that was killed has said nothing, and its engine dies with it: the streams must not wait for silence."""
+        keeper = self._board.heard.get("keeper")
+        if program not in DEAD or keeper is None or self._has_spoken(keeper.beat):
+            return
+        beat = keeper.beat
+        self._death = Death(beat.incarnation, "keeper", beat.pid, f"the keeper (pid {beat.pid}) was killed", time.time())
+        logging.error("engine %d is dead: %s", beat.incarnation, self._death.reason)
+        self._heart.publish(self._death)
+
+    def _has_spoken(self, keeper: Beat) -> bool:
+        said = self._death is not None and self._death.incarnation >= keeper.incarnation
+        return said or keeper.state == State.STOPPED
 
     @property
     def _wanted(self) -> str:

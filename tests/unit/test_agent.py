@@ -17,6 +17,7 @@ import pytest
 from procs.agent import agent as module
 from procs.agent.agent import Agent
 from procs.agent.reach import endpoints
+from procs.agent.store import CARDS, INSTANCES, FileStore
 from shared import config as configuration
 from shared.config import Dynamo, NodeConfig
 from shared.frames import Death, Frame, Intent, KvUse, Verdict, Welcome
@@ -38,6 +39,8 @@ class Discovery:
         self.load: list[KvUse] = []
         self.failures = 0
         self.hangs = False
+        self.expired = False
+        self.trouble = ""
         self.ended = ""
         self.on_end: Callable[[], None] = lambda: None
 
@@ -54,6 +57,13 @@ class Discovery:
 
     async def withdraw(self) -> None:
         await self._call("withdraw")
+
+    def lost(self) -> bool:
+        was, self.expired = self.expired, False
+        return was
+
+    def store_trouble(self) -> str:
+        return self.trouble
 
     def publish_load(self, use: KvUse) -> None:
         self.load.append(use)
@@ -220,6 +230,30 @@ def test_what_discovery_refuses_is_tried_again(tmp_path: Path, monkeypatch: pyte
         assert not node.agent._listed
 
     run(tmp_path, monkeypatch, test)
+
+
+def test_what_others_expired_is_registered_again_and_an_unwritable_store_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(node: Node) -> None:
+        await node.registered()
+        node.discovery.expired = True
+        await node.bench.until(lambda: node.discovery.calls == [f"register {INCARNATION}"] * 2)
+        node.discovery.trouble = "the file store can't be written"
+        await node.bench.until(lambda: node.agent._heart.beat.detail == "worker 7; the file store can't be written")
+        assert node.agent._registered and node.agent._heart.beat.state == State.READY
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_an_agents_own_records_are_told_from_others(tmp_path: Path) -> None:
+    store = FileStore(tmp_path, "gen_erate", 0xABC)
+    assert store.trouble() == "" and not store.has(INSTANCES)
+    for kind in (INSTANCES, CARDS):
+        (tmp_path / "v1" / kind).mkdir(parents=True)
+    (tmp_path / "v1" / INSTANCES / "a%2Fb%2Fgen%5Ferate%2Fabc").touch()
+    (tmp_path / "v1" / CARDS / "a%2Fb%2Fgen%5Ferate%2F1abc").touch()
+    assert store.has(INSTANCES) and not store.has(CARDS) and store.trouble() == ""
 
 
 def test_a_discovery_that_hangs_does_not_hold_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

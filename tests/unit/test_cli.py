@@ -47,16 +47,16 @@ def test_a_second_claim_names_the_first_ones_pid(tmp_path: Path) -> None:
     runtime_dir.claim(tmp_path, "n").abandon()
 
 
-def test_what_a_killed_node_left_goes_but_for_its_logs(tmp_path: Path) -> None:
+def test_what_a_killed_node_left_goes_but_for_its_logs_and_what_it_has_in_discovery(tmp_path: Path) -> None:
     for name in ("lock", "node.json", "supervisor.conf", "supervisord.pid", "incarnation", "supervisor.sock.123"):
         (tmp_path / name).touch()
-    for name in ("log", "sock", "tmp", "discovery"):
+    for name in ("log", "sock", "tmp", "discovery", "registrations"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old").touch()
     claim = runtime_dir.claim(tmp_path, "n")
     claim.prepare()
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert left == ["discovery", "lock", "log", "log/old", "sock", "tmp"]
+    assert left == ["discovery", "lock", "log", "log/old", "registrations", "registrations/old", "sock", "tmp"]
     claim.abandon()
 
 

@@ -57,7 +57,9 @@ def test_environments() -> None:
     assert "DYN_SYSTEM_PORT" not in launch.environment("frontend", outside, plain)
     assert launch.environment("engine", outside, plain)["AWS_SECRET_ACCESS_KEY"] == "s"
     cluster = node_config(dynamo=Dynamo(discovery_backend="etcd"))
-    assert "DYN_TCP_RPC_HOST" not in launch.environment("agent", outside, cluster)
+    far = launch.environment("agent", outside, cluster)
+    assert "DYN_TCP_RPC_HOST" not in far and far["DYN_SYSTEM_HOST"] == "0.0.0.0", "others fetch the tokenizer there"
+    assert launch.environment("agent", {"DYN_TCP_RPC_HOST": "10.0.0.1"}, cluster)["DYN_SYSTEM_HOST"] == "10.0.0.1"
 
 
 @pytest.mark.parametrize("argv", [[], ["nobody"], ["supervisord"], ["agent", "x"], ["agent", "0", "1"]])
