@@ -115,6 +115,8 @@ SUPERVISOR_CONF = "supervisor.conf"
 EVENTS_SOCKET = "sock/events"
 """Unix datagram socket of the coordinator, for the supervisord plugin's ProcessChange hints."""
 INCARNATION_FILE = "incarnation"
+LEFT_BEHIND_EXIT = 75
+"""The keeper's exit code (sysexits.h: EX_TEMPFAIL) when processes of an engine before can't be killed."""
 DISCOVERY_DIR = "discovery"
 REGISTRATIONS_DIR = "registrations"
 LOCK_FILE = "lock"

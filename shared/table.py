@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 HEADINGS = ("PROCESS", "PID", "STATE", "UPTIME", "RESTARTS", "RSS", "DETAIL")
+NEWS_SECONDS = 86_400.0
+"""An engine's death is shown for so long."""
 LEFT = {"PROCESS", "STATE", "DETAIL"}
 
 
@@ -31,6 +33,7 @@ def render(document: Mapping[str, Any], now: float | None = None) -> str:
     if document.get("stale_s"):
         lines.append(f"  as of {span(document['stale_s'])} ago: the coordinator is not reporting")
     lines.append("  " + "   ".join(_facts(document)))
+    lines.extend(_crash(document, now))
     lines.append("")
     lines.extend(_columns([HEADINGS, *(_row(process) for process in document.get("processes", ()))]))
     return "\n".join(lines)
@@ -52,6 +55,19 @@ def _facts(document: Mapping[str, Any]) -> list[str]:
         facts.append(f"epoch {document['epoch']}")
     facts.append(f"{document.get('role', '?')}, rank {document.get('node_rank', 0)}, sgnode {document.get('version', '?')}")
     return facts
+
+
+def _crash(document: Mapping[str, Any], now: float) -> list[str]:
+    """The engine's last death, while it is news, and the end of its log until the node is ready again."""
+    crash, log = document.get("last_crash"), document.get("last_log") or ()
+    lines = []
+    if crash and (log or now - crash["at"] < NEWS_SECONDS):
+        lines.append(f"  last crash {span(now - crash['at'])} ago: {crash['reason']}")
+        lines.append(f"    bundle: {crash['path']}")
+    if log:
+        lines.append("  the end of the engine's log then:")
+        lines.extend(f"    | {line}" for line in log)
+    return lines
 
 
 def _row(process: Mapping[str, Any]) -> tuple[str, ...]:

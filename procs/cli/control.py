@@ -4,6 +4,7 @@ import os
 import select
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from shared.state import State
 
 SIDE = ("relay", "prober", "coordinator", "frontend")
 """Processes that no stream of another depends on; the frontend finishes its own connections."""
+SETTLED_SECONDS = 10.0
+"""After so long a state is not an old one any more."""
 LOAD_SECONDS = 3600.0
 """For an engine to load after a restart: a large model from a slow disk."""
 
@@ -139,9 +142,12 @@ def _restart_engine(directory: Path, patience: float, *, everything: bool) -> No
         _say("it was drained before and stays so")
         return
     rolling.resume(directory)
+    old_until = time.monotonic() + SETTLED_SECONDS
 
     def up(status: dict[str, Any]) -> bool:
-        if status["state"] == State.FAILED:
+        # A node that had failed says so until its coordinator has seen the new engine.
+        known = status["incarnation"] > incarnation or time.monotonic() > old_until
+        if status["state"] == State.FAILED and known:
             raise NodeError(f"failed: {status['reason']}")
         return bool(status["state"] == State.READY and status["incarnation"] > incarnation)
 

@@ -9,12 +9,14 @@ import signal
 import socket
 import time
 import xmlrpc.client
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
 
-from procs.coordinator import document
+from procs.coordinator import crash, document
 from procs.coordinator.conditions import Condition, waiting_for
 from procs.coordinator.engine import EngineProgram
 from procs.coordinator.hang import Hangs
@@ -51,7 +53,10 @@ class Coordinator:
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
         self._board = Board()
-        self._program = EngineProgram(RestartPolicy())
+        self._policy = RestartPolicy()
+        self._program = EngineProgram(self._policy, self._crashed)
+        self._crashes = document.Crashes()
+        self._bundling: asyncio.Task[None] | None = None
         self._hangs = Hangs(config.hang_timeout)
         self._revoker = Revoker(config.path)
         self._conditions: list[Condition] = []
@@ -186,14 +191,22 @@ class Coordinator:
             if not last["incarnation"]:
                 return  # the node's first coordinator, or one before the first engine: nothing to go on with
             self._node, self._since = NodeState(State(last["state"]), last["reason"]), last["since"]
-            if last["state"] == State.FAILED:
-                self._program.failed = last["reason"]
+            self._remember(last)
             expected = {row["name"] for row in last["processes"] if row["pid"]} & set(self._config.processes) - {"coordinator"}
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ADOPT_SECONDS):
                     while expected - self._board.heard.keys():
                         self._changed.clear()
                         await self._changed.wait()
+
+    def _remember(self, last: dict[str, Any]) -> None:
+        """The deaths before this coordinator's life count on."""
+        self._crashes = document.Crashes(**{name: last[name] for name in asdict(self._crashes) if name in last})
+        ahead = time.monotonic() - time.time()
+        self._policy.deaths = [at + ahead for at in self._crashes.deaths]
+        if self._crashes.restart_at is not None:
+            self._program.restart_at = self._crashes.restart_at + ahead
+        self._program.failed = self._crashes.failed
 
     async def _work(self) -> None:
         await self._adopt()
@@ -226,7 +239,8 @@ class Coordinator:
         try:
             info = await self._call("supervisor.getProcessInfo", "engine")
             if node_state(self._facts()).state in READY_STATES:
-                self._program.policy.ready(time.monotonic())
+                self._policy.ready(time.monotonic())
+                self._crashes.last_log = []
             due = self._program.look(info, time.monotonic(), self._death.reason if self._death else "")
             if due and not waiting_for(self._conditions):
                 self._program.starting()
@@ -241,6 +255,23 @@ class Coordinator:
                 self._want("stop", "supervisord is stopping the node", hurry=self._hurry)
             elif fault.faultCode != supervisord.ALREADY_STARTED:
                 logging.warning("starting the engine: %s", fault.faultString)
+
+    def _crashed(self, why: str) -> None:
+        """Keep what there is to know of a death, beside the next start."""
+        now, keeper = time.time(), self._board.heard.get("keeper")
+        incarnation = keeper.beat.incarnation if keeper else 0
+        target = crash.place(self._config.path, incarnation, now)
+        told = {"reason": why, "at": now, "incarnation": incarnation}
+        self._crashes.last_crash = {**told, "path": str(target)}
+        self._crashes.last_log = crash.last_lines(self._config.path)
+        status = self._document(self._facts(), self._node)
+        self._bundling = asyncio.get_running_loop().create_task(self._bundle(target, told, status))
+
+    async def _bundle(self, target: Path, told: dict[str, Any], status: dict[str, Any]) -> None:
+        try:
+            await asyncio.to_thread(crash.write, target, self._config, told, status)
+        except OSError as error:
+            logging.warning("no crash bundle: %s", error)
 
     async def _look_for_hangs(self) -> None:
         if self._wanted == "stop":
@@ -284,7 +315,19 @@ class Coordinator:
             agents=[beat for name in self._config.agent_names if (beat := self._board.beat(name)) is not None],
             needs_agents=bool(self._config.agent_names),
             drain_timeout=self._config.drain_timeout,
+            held=keeper.info.get("held", "") if keeper else "",
             killed_in=self._hangs.engine_left(),
+        )
+
+    def _document(self, facts: Facts, node: NodeState) -> dict[str, Any]:
+        behind, at = time.time() - time.monotonic(), self._program.restart_at
+        self._crashes.deaths = [death + behind for death in self._policy.deaths]
+        self._crashes.restart_at = None if at is None else at + behind
+        self._crashes.failed = self._program.failed
+        keeper = self._board.heard.get("keeper")
+        incarnation = keeper.beat.incarnation if keeper else 0
+        return document.build(
+            self._config, self._board, facts, node, since=self._since, incarnation=incarnation, crashes=self._crashes
         )
 
     async def _report(self) -> None:
@@ -303,8 +346,5 @@ class Coordinator:
         self._node = node
         self._heart.set(State.READY, info={"node": node.state, "reason": node.reason or node.state})
         self._board.hear(msgspec.structs.replace(self._heart.beat, since=self._since))
-        keeper = self._board.heard.get("keeper")
-        incarnation = keeper.beat.incarnation if keeper else 0
-        status = document.build(self._config, self._board, facts, node, since=self._since, incarnation=incarnation)
-        wanted = await self._call("sgnode.update", json.dumps(status))
+        wanted = await self._call("sgnode.update", json.dumps(self._document(facts, node)))
         self._want(wanted["want"], wanted["reason"], hurry=wanted["hurry"])

@@ -1,5 +1,6 @@
 """The status document that the coordinator reports (pure). Keys are only ever added; supervisord's plugin adds its own facts."""
 
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from procs.coordinator.node import Facts, NodeState
@@ -8,7 +9,25 @@ from shared.frames import Beat
 from shared.state import Board
 
 
-def build(config: NodeConfig, board: Board, facts: Facts, node: NodeState, *, since: float, incarnation: int) -> dict[str, Any]:
+@dataclass
+class Crashes:
+    """What is remembered of the engine's deaths. The status document is also where the next coordinator has it from."""
+
+    deaths: list[float] = field(default_factory=list)
+    """UNIX seconds of each since the last good life."""
+    restart_at: float | None = None
+    """UNIX seconds of the next start."""
+    failed: str = ""
+    """Why it is not started any more."""
+    last_crash: dict[str, Any] | None = None
+    """``reason``, ``at``, ``incarnation`` and ``path`` of the newest bundle (procs/coordinator/crash.py)."""
+    last_log: list[str] = field(default_factory=list)
+    """The end of the engine's log at its death, until the node is ready again."""
+
+
+def build(
+    config: NodeConfig, board: Board, facts: Facts, node: NodeState, *, since: float, incarnation: int, crashes: Crashes
+) -> dict[str, Any]:
     """``since``: UNIX seconds of the node's last change of state."""
     engine = facts.engine
     names = list(config.processes)
@@ -28,6 +47,7 @@ def build(config: NodeConfig, board: Board, facts: Facts, node: NodeState, *, si
         "epoch": engine.epoch if engine else 0,
         "incarnation": incarnation,
         "inflight": facts.inflight,
+        **asdict(crashes),
         "model": config.served_model_name,
         "ports": {"http": config.http_port if config.frontend else None, "system": config.system_port},
         "processes": [_row(name, board) for name in names],

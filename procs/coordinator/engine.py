@@ -1,11 +1,13 @@
 """The life of the program ``engine`` under supervisord: when it is started, and when no more (pure, but for its log lines)."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from procs.coordinator.node import ALIVE
 from procs.coordinator.restart import LOOP_DEATHS, LOOP_SECONDS, RestartPolicy
+from shared.config import LEFT_BEHIND_EXIT
 
 
 @dataclass
@@ -13,6 +15,8 @@ class EngineProgram:
     """Fed with supervisord's process info, says whether to start the engine now. Times: seconds of one monotonic clock."""
 
     policy: RestartPolicy
+    on_death: Callable[[str], None] = lambda why: None
+    """Called once for each death, with its reason, before the next start is due."""
     state: str = ""
     started: bool = False
     failed: str = ""
@@ -29,22 +33,26 @@ class EngineProgram:
         self.started = bool(info["start"])
         if self.state in ALIVE:
             if info["pid"] != self._pid:
-                self._new_life(int(info["pid"]))
+                self._new_life(int(info["pid"]), now)
             return False
         if self.state == "STOPPED":
             # Stopped by a person, who starts it again; or never started, which is for us.
             self._pid, self.restart_at = 0, None
             return not self.started
         if self.restart_at is None and not self.failed:
-            self._died(now, death or str(info.get("spawnerr") or f"the keeper exited with code {info.get('exitstatus')}"))
+            if info.get("exitstatus") == LEFT_BEHIND_EXIT:
+                self._cannot_start("processes of an engine before can't be killed; log/engine.log names them")
+            else:
+                self._died(now, death or str(info.get("spawnerr") or f"the keeper exited with code {info.get('exitstatus')}"))
         return self.restart_at is not None and now >= self.restart_at
 
     def starting(self) -> None:
         """We are about to start it. One that is dead at the next look has died once more."""
         self._ours, self.restart_at = True, None
 
-    def _new_life(self, pid: int) -> None:
-        if not self._ours and self._pid == 0 and (self.failed or self.restart_at is not None):
+    def _new_life(self, pid: int, now: float) -> None:
+        early = bool(self.failed) or (self.restart_at is not None and now < self.restart_at)
+        if not self._ours and self._pid == 0 and early:
             logging.info("the engine was started by hand: earlier deaths are forgotten")
             self.policy.reset()
         self._pid, self._ours, self.failed, self.restart_at = pid, False, "", None
@@ -53,8 +61,14 @@ class EngineProgram:
         self._pid = 0
         delay = self.policy.died(now)
         if delay is None:
-            self.failed = f"crash loop: {LOOP_DEATHS} deaths of the engine within {LOOP_SECONDS / 60:.0f} min; the last: {why}"
-            logging.error("%s", self.failed)
+            self._cannot_start(
+                f"crash loop: {LOOP_DEATHS} deaths of the engine within {LOOP_SECONDS / 60:.0f} min; the last: {why}"
+            )
         else:
             self.restart_at = now + delay
-            logging.warning("the engine died (%s), next start in %.0f s", why, delay)
+            logging.warning("the engine died (%s), next start %s", why, f"in {delay:.0f} s" if delay else "at once")
+        self.on_death(why)
+
+    def _cannot_start(self, why: str) -> None:
+        self.failed = why
+        logging.error("%s", why)

@@ -37,6 +37,8 @@ class Facts:
     """False on a follower: it has no agents and no canaries."""
     drain_timeout: float = 0.0
     """Seconds that streams get to finish in a drain."""
+    held: str = ""
+    """What a dead engine's processes still hold although they were killed."""
     killed_in: float | None = None
     """Seconds until an engine that hangs is killed."""
 
@@ -70,6 +72,8 @@ def node_state(facts: Facts) -> NodeState:
         return _stopping(facts, alive)
     if facts.failed:
         return NodeState(State.FAILED, facts.failed, "`sgnode restart engine`")
+    if alive and facts.held:
+        return NodeState(State.FAILED, facts.held, "their end, then the engine is started again")
     if not alive or facts.death:
         return _without_engine(facts)
     if facts.program == "STOPPING":

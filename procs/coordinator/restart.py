@@ -1,11 +1,10 @@
-"""When a dead engine may start again: exponential back-off, and an end to a crash loop (pure: the clock is an argument)."""
-
-from collections import deque
+"""When a dead engine may start again: at once, then with back-off, and an end to a crash loop (pure)."""
 
 BACKOFF_FIRST_SECONDS = 1.0
+"""After the second death in a row; the first one's restart waits for nothing."""
 BACKOFF_MOST_SECONDS = 60.0
 CALM_SECONDS = 300.0
-"""An engine that was ready for so long had a good life: its death starts the back-off anew."""
+"""An engine that was ready for so long had a good life: earlier deaths are forgotten."""
 LOOP_DEATHS = 5
 LOOP_SECONDS = 600.0
 """So many deaths within so many seconds are a crash loop: a person has to look."""
@@ -15,29 +14,27 @@ class RestartPolicy:
     """Counts deaths. All times are seconds of one monotonic clock."""
 
     def __init__(self) -> None:
-        self._deaths: deque[float] = deque()
-        self._backoff = BACKOFF_FIRST_SECONDS
+        self.deaths: list[float] = []
+        """Since the last good life or the last start by hand."""
         self._ready_since: float | None = None
 
     def ready(self, now: float) -> None:
         """The engine is ready (say it as often as it is)."""
         if self._ready_since is None:
             self._ready_since = now
+        elif now - self._ready_since >= CALM_SECONDS:
+            self.deaths.clear()
 
     def died(self, now: float) -> float | None:
         """The engine died: seconds to wait before its next start, or None when it must not start again by itself."""
-        if self._ready_since is not None and now - self._ready_since >= CALM_SECONDS:
-            self._backoff = BACKOFF_FIRST_SECONDS
         self._ready_since = None
-        self._deaths.append(now)
-        while now - self._deaths[0] > LOOP_SECONDS:
-            self._deaths.popleft()
-        if len(self._deaths) >= LOOP_DEATHS:
+        self.deaths.append(now)
+        if sum(now - death <= LOOP_SECONDS for death in self.deaths) >= LOOP_DEATHS:
             return None
-        delay = self._backoff
-        self._backoff = min(2 * delay, BACKOFF_MOST_SECONDS)
-        return delay
+        before = len(self.deaths) - 1
+        return min(BACKOFF_FIRST_SECONDS * 2 ** (before - 1), BACKOFF_MOST_SECONDS) if before else 0.0
 
     def reset(self) -> None:
         """A person started the engine: nothing that was before counts."""
-        self.__init__()  # type: ignore[misc]
+        self.deaths.clear()
+        self._ready_since = None

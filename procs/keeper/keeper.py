@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import zmq
 
-from procs.keeper import child, leftovers, life, stopped, tree
+from procs.keeper import child, gpu, leftovers, life, stopped, tree
 from procs.keeper.cgroup import Cgroup
 from shared.config import NodeConfig
 from shared.frames import Beat, Death, EngineState
@@ -31,7 +31,8 @@ KILL_AGAIN_SECONDS = 0.05
 KILL_SIGNAL = signal.SIGUSR1
 """To the keeper: the engine shall die now. From the coordinator when it hangs, from the kernel when supervisord is gone."""
 OURS = {signal.SIGTERM, signal.SIGINT, KILL_SIGNAL}
-COMPLAIN_SECONDS = 5.0
+HELD_SECONDS = 20.0
+"""A killed process that is still there, or GPU memory that is still taken, after so long is told as a failure of the host."""
 
 
 @dataclass
@@ -85,6 +86,8 @@ class Keeper:
         self._childless = False
         self._engine_state: str = State.STARTING
         self._death: Death | None = None
+        self._seen: set[int] = set()
+        """Every process that the engine ever had."""
 
     async def run(self) -> int:
         """Until nothing of the engine is left. 0 after a stop that was asked for, otherwise not 0."""
@@ -103,12 +106,13 @@ class Keeper:
         decoder: Decoder[EngineState] = Decoder(EngineState, "engine")
         states = LoopSocket(subscriber(context, self._config.path, ["engine"]), self._hear(decoder))
         scanning = loop.create_task(self._scan())
+        finding = loop.create_task(asyncio.to_thread(gpu.find))
         try:
             await self._either(self._engine_gone, self._stop_asked)
             if not self._engine_gone.is_set():
                 await self._stop_engine()
             scanning.cancel()
-            await self._clear()
+            await self._clear(await finding)
             return self._exit_code()
         finally:
             scanning.cancel()
@@ -145,6 +149,7 @@ class Keeper:
                 self._ended(pid)
             return
         self._watched[pid] = Watched(pidfd, tree.title(pid))
+        self._seen.add(pid)
         asyncio.get_running_loop().add_reader(pidfd, self._ended, pid)
 
     async def _scan(self) -> None:
@@ -244,22 +249,30 @@ class Keeper:
             self._statuses[pid] = status
         self._child_event.set()
 
-    async def _clear(self) -> None:
+    async def _clear(self, memory: gpu.Memory) -> None:
         """Kill and reap until nothing is left. No deadline: an exit before that would start an engine beside this one."""
-        complain = time.monotonic() + COMPLAIN_SECONDS
+        began = time.monotonic()
         self._reap()
-        while not self._childless:
+        while held := self._left(memory):
+            if time.monotonic() - began > HELD_SECONDS and held != self._heart.beat.info.get("held", ""):
+                logging.error("%s", held)
+                self._heart.set(State.FAILED, held, info={**self._heart.beat.info, "held": held})
             self._kill_all()
             self._child_event.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(KILL_AGAIN_SECONDS):
                     await self._child_event.wait()
-            if time.monotonic() > complain:
-                complain += COMPLAIN_SECONDS
-                logging.warning("still waiting for the end of %s", tree.descendants(os.getpid()))
         if self._death is None:
             self._heart.set(State.STOPPED, "")
         logging.info("engine %d: nothing of it is left", self._incarnation)
+
+    def _left(self, memory: gpu.Memory) -> str:
+        """What an engine that was killed still holds, in words; empty when nothing."""
+        if not self._childless:
+            alive = [f"{pid} ({tree.title(pid)}, state {tree.state(pid)})" for pid in tree.descendants(os.getpid())]
+            return f"killed, but not gone: pid {', '.join(alive)}" if alive else "killed processes are being reaped"
+        held = memory.held(self._seen)
+        return f"GPU memory of dead processes is not given back: {'; '.join(held)}" if held else ""
 
     def _exit_code(self) -> int:
         if self._death is None:

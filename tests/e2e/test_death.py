@@ -1,4 +1,4 @@
-"""A real engine's processes killed in mid-stream, DP ranks 0 and 1 under one engine: what ends, when, what is left, when it is back."""
+"""A real engine's processes killed in mid-stream, with two DP ranks: what ends and when, what is left, when it is back."""
 
 import re
 import signal

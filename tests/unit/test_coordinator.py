@@ -9,7 +9,7 @@ from procs.coordinator.engine import EngineProgram
 from procs.coordinator.hang import Hangs
 from procs.coordinator.node import Facts, NodeState, is_stuck, node_state
 from procs.coordinator.restart import RestartPolicy
-from shared.config import NodeConfig
+from shared.config import LEFT_BEHIND_EXIT, NodeConfig
 from shared.frames import Beat, Verdict
 from shared.state import Board, State
 
@@ -89,20 +89,21 @@ def test_back_off_grows_and_a_good_life_resets_it() -> None:
     for _ in range(8):
         now += 200
         delays.append(policy.died(now))
-    assert delays == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert delays == [0, 1, 2, 4, 8, 16, 32, 60]
     policy.ready(now)
     policy.ready(now + 250)
     assert policy.died(now + 299) == 60
     policy.ready(now + 400)
-    assert policy.died(now + 700) == 1
+    policy.ready(now + 700)
+    assert policy.died(now + 701) == 0
 
 
 def test_five_deaths_in_ten_minutes_are_a_crash_loop() -> None:
     policy = RestartPolicy()
-    assert [policy.died(now) for now in (0.0, 10.0, 20.0, 601.0, 602.0)] == [1, 2, 4, 8, 16]
+    assert [policy.died(now) for now in (0.0, 10.0, 20.0, 601.0, 602.0)] == [0, 1, 2, 4, 8]
     assert policy.died(603.0) is None
     policy.reset()
-    assert policy.died(605.0) == 1
+    assert policy.died(605.0) == 0
 
 
 def test_only_who_hangs_long_enough_is_killed_and_a_pause_of_our_own_counts_for_nothing() -> None:
@@ -147,18 +148,36 @@ def info(state: str, pid: int = 0, start: int = 100, exitstatus: int = 1) -> dic
 
 
 def test_the_engine_is_started_once_and_again_after_its_back_off() -> None:
-    program = EngineProgram(RestartPolicy())
+    deaths: list[str] = []
+    program = EngineProgram(RestartPolicy(), deaths.append)
     assert program.look(info("STOPPED", start=0), 0.0, "")
     program.starting()
     assert not program.look(info("RUNNING", 5), 0.1, "")
-    assert not program.look(info("EXITED"), 10.0, "scheduler killed")
-    assert program.restart_at == 11.0
-    assert not program.look(info("EXITED"), 10.5, "")
-    assert program.look(info("EXITED"), 11.0, "")
+    assert program.look(info("EXITED"), 10.0, "scheduler killed")
+    assert program.restart_at == 10.0, "the first restart waits for nothing"
     program.starting()
     # Dead before anybody looked: that is a second death, not a reason to start at once.
-    assert not program.look(info("EXITED"), 11.1, "")
-    assert program.restart_at == pytest.approx(13.1)
+    assert not program.look(info("EXITED"), 11.0, "")
+    assert program.restart_at == 12.0
+    assert not program.look(info("EXITED"), 11.5, "")
+    assert program.look(info("EXITED"), 12.0, "")
+    assert deaths == ["scheduler killed", "the keeper exited with code 1"]
+
+
+def test_what_cannot_be_killed_is_a_failure_at_once() -> None:
+    program = EngineProgram(RestartPolicy())
+    program.look(info("RUNNING", 5), 0.0, "")
+    assert not program.look(info("EXITED", exitstatus=LEFT_BEHIND_EXIT), 40.0, "")
+    assert "can't be killed" in program.failed and program.restart_at is None
+
+
+def test_a_coordinator_that_died_between_start_and_word_takes_no_start_for_a_persons() -> None:
+    program = EngineProgram(RestartPolicy())
+    program.policy.deaths, program.restart_at = [0.0, 5.0], 6.0
+    program.look(info("RUNNING", 5), 7.0, "")
+    assert len(program.policy.deaths) == 2
+    program.look(info("EXITED"), 8.0, "")
+    assert program.restart_at == 10.0
 
 
 def test_a_person_may_stop_the_engine_and_end_a_crash_loop() -> None:
@@ -176,7 +195,7 @@ def test_a_person_may_stop_the_engine_and_end_a_crash_loop() -> None:
     program.look(info("RUNNING", 77), 10000.0, "")
     assert program.failed == ""
     program.look(info("EXITED"), 10001.0, "")
-    assert program.restart_at == 10002.0
+    assert program.restart_at == 10001.0
 
 
 def test_document_has_a_row_for_each_process() -> None:
@@ -185,7 +204,7 @@ def test_document_has_a_row_for_each_process() -> None:
     )
     board = Board()
     board.hear(beat("agent:0", registered=1))
-    made = document.build(config, board, facts(), NodeState(State.READY), since=1.0, incarnation=3)
+    made = document.build(config, board, facts(), NodeState(State.READY), since=1.0, incarnation=3, crashes=document.Crashes())
     assert [row["name"] for row in made["processes"]] == [
         "coordinator", "relay", "keeper", "engine", "prober", "agent:0", "agent:1", "frontend",
     ]  # fmt: skip
