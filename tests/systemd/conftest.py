@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.systemd.machine import Machine, Service
+from tests.systemd.machine import CHECKOUT, VENV, Machine, Service
 
 REPOSITORY = Path(__file__).parents[2]
-VENV = "/opt/sgnode"
 MODEL = "/srv/model"
-CHECKOUT = "/srv/checkout"
 TESTING = f"[Service]\nEnvironment=PYTHONPATH={CHECKOUT} HF_HUB_OFFLINE=1\n"
 """Of every instance here: the code under test is a checkout."""
 

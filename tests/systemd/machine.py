@@ -1,6 +1,7 @@
 """A machine with a booted systemd: Debian's systemd-container over an overlay of this host's files, its own network, no image."""
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -10,11 +11,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tests.harness import wait_for
 
 T = TypeVar("T")
+VENV = "/opt/sgnode"
+CHECKOUT = "/srv/checkout"
+"""Where the installation and the code under test are on the machine."""
 CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -163,6 +167,25 @@ class Service:
 
     def wait(self, key: str, value: str, seconds: float = 30.0) -> None:
         wait_for(f"{key}={value} (now {self.show(key)})", lambda: self.show(key) == value, seconds, every=0.1)
+
+    def status(self) -> dict[str, Any]:
+        """The node's status document by its own command, {} while there is none."""
+        python = ("env", f"PYTHONPATH={CHECKOUT}", f"{VENV}/bin/python", "-P", "-m", "procs.cli")
+        try:
+            document: dict[str, Any] = json.loads(
+                self.machine.run(*python, "status", "--json", "--runtime-dir", f"/run/sgnode/{self.name}")
+            )
+        except json.JSONDecodeError:
+            return {}
+        return document
+
+    def row(self, process: str) -> dict[str, Any]:
+        return next((row for row in self.status().get("processes", []) if row["name"] == process), {})
+
+    def instances(self) -> list[Path]:
+        """The workers in the node's file discovery."""
+        root = Path(f"/proc/{self.machine.pid}/root/run/sgnode/{self.name}/discovery/v1/instances")
+        return [path for path in root.rglob("*") if path.is_file() and "generate" in str(path)] if root.is_dir() else []
 
     def pids(self) -> dict[int, str]:
         """Everything in the unit's cgroup: pid on this host -> command line."""
