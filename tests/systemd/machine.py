@@ -159,7 +159,7 @@ class Service:
 
     def drop_in(self, text: str) -> None:
         """Settings of this instance alone."""
-        self.machine.write(f"/etc/systemd/system/{self.unit}.d/test.conf", text)
+        self.machine.write(f"/etc/systemd/system/{self.unit}.d/this.conf", text)
         self.machine.run("systemctl", "daemon-reload", check=True)
 
     def configure(self, text: str) -> None:

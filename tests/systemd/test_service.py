@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,7 +167,7 @@ def test_a_supervisord_that_hangs_is_killed_by_the_watchdog(service: Service, fi
     assert service.show("NRestarts") == "0"
     main = service.kill(signal.SIGSTOP)
     stopped = time.monotonic()
-    assert "T (stopped)" in open(f"/proc/{main}/status").read()
+    assert "T (stopped)" in Path(f"/proc/{main}/status").read_text()
     wait_for("killed", lambda: gone(main), 5)
     killed = time.monotonic()
     assert killed - stopped > 1
@@ -210,12 +211,14 @@ def test_a_refused_configuration_is_one_line_and_is_not_tried_again(service: Ser
 
 
 def test_an_engine_that_does_not_load_says_why(service: Service) -> None:
-    service.configure(yaml(PORT, synthetic={"fail": "load"}))
+    service.configure(yaml(PORT, synthetic={"fault": "load"}))
     starting = service.machine.start("systemctl", "start", service.unit)
-    text = wait_for("why", lambda: "boom" in service.show("StatusText") and service.show("StatusText"), 20, every=0.1)
+    text = wait_for(
+        "why", lambda: "synthetic fault: load" in service.show("StatusText") and service.show("StatusText"), 20, every=0.1
+    )
     assert "\n" not in text and len(text) <= 400
     status = service.ctl("status", "--no-pager", "--full").splitlines()
-    assert len([line for line in status if line.strip().startswith("Status: ") and "boom" in line]) == 1, status
+    assert len([line for line in status if line.strip().startswith("Status: ") and "synthetic fault: load" in line]) == 1, status
     assert service.show("ActiveState") == "activating"
     os.kill(service.main_pid(), signal.SIGTERM)
     starting.wait(30)
