@@ -71,12 +71,12 @@ def test_the_unit_is_valid_and_its_exposure_is_the_documented_one(machine: Machi
 
 
 def test_ready_is_said_after_registration_however_long_the_load_takes(service: Service) -> None:
-    service.configure(yaml(PORT, synthetic={"load_seconds": 9.0}))
-    service.drop_in("[Service]\nTimeoutStartSec=4\n")
+    service.configure(yaml(PORT, synthetic={"load_seconds": 6.0}))
+    service.drop_in("[Service]\nTimeoutStartSec=2\n")
     began = time.monotonic()
     starting = service.machine.start("systemctl", "start", service.unit)
     wait_for("loading", lambda: service.show("StatusText").startswith("loading"), 20, every=0.1)
-    while time.monotonic() - began < 7:  # past the timeout
+    while time.monotonic() - began < 4:  # past the timeout
         assert service.show("ActiveState") == "activating" and starting.poll() is None
         assert not service.instances()
     while service.show("ActiveState") == "activating":
@@ -104,16 +104,16 @@ def test_each_process_has_its_name_in_the_journal(service: Service) -> None:
 
 def test_a_stop_under_load_loses_no_stream(service: Service, streams: Streams, figures: Figures) -> None:
     service.configure(yaml(PORT, synthetic={"step_seconds": 0.02}))
-    service.drop_in("[Service]\nTimeoutStopSec=3\n")
+    service.drop_in("[Service]\nTimeoutStopSec=2\n")
     start(service)
-    results = flowing(service, streams, 32, 400)
+    results = flowing(service, streams, 32, 250)
     asked = time.monotonic()
     stopping = service.machine.start("systemctl", "stop", service.unit)
     wait_for("progress", lambda: service.show("StatusText").startswith("draining: 32 streams left"), 10, every=0.05)
     assert service.show("ActiveState") == "deactivating"
     streams.join()
-    assert all(r.complete and r.tokens == 400 for r in results), [r for r in results if not r.complete][:1]
-    assert max(r.ended for r in results) - asked > 3, "it has to outlast TimeoutStopSec"
+    assert all(r.complete and r.tokens == 250 for r in results), [r for r in results if not r.complete][:1]
+    assert max(r.ended for r in results) - asked > 2.5, "it has to outlast TimeoutStopSec"
     assert stopping.wait(20) == 0
     figures(stop_s=round(time.monotonic() - asked, 1))
     assert (service.show("ActiveState"), service.show("Result"), service.show("ExecMainStatus")) == ("inactive", "success", "0")
@@ -190,8 +190,6 @@ def test_killmode_control_group_loses_no_stream_silently(service: Service, strea
     complete = [r for r in results if r.complete and r.tokens == 300]
     failed = [r for r in results if r.error and not r.finish]
     figures(complete=len(complete), failed=len(failed), stop_s=round(time.monotonic() - asked, 1))
-    for r in failed[:1]:
-        print(r.error)
     assert len(complete) + len(failed) == len(results), results
     assert not service.pids() and service.show("Result") == "success"
 
@@ -213,12 +211,12 @@ def test_a_refused_configuration_is_one_line_and_is_not_tried_again(service: Ser
 def test_an_engine_that_does_not_load_says_why(service: Service) -> None:
     service.configure(yaml(PORT, synthetic={"fault": "load"}))
     starting = service.machine.start("systemctl", "start", service.unit)
-    text = wait_for(
-        "why", lambda: "synthetic fault: load" in service.show("StatusText") and service.show("StatusText"), 20, every=0.1
-    )
-    assert "\n" not in text and len(text) <= 400
+    wait_for("why", lambda: "exited with code 1" in service.show("StatusText"), 20, every=0.1)
     status = service.ctl("status", "--no-pager", "--full").splitlines()
-    assert len([line for line in status if line.strip().startswith("Status: ") and "synthetic fault: load" in line]) == 1, status
+    said = [line.strip() for line in status if line.strip().startswith("Status: ")]
+    assert len(said) == 1 and "engine" in said[0] and "the next start in" in said[0], status
     assert service.show("ActiveState") == "activating"
+    engine = [str(row["MESSAGE"]) for row in journal(service, "-t", "sgnode-engine")]
+    assert any("synthetic fault: load" in line for line in engine), engine
     os.kill(service.main_pid(), signal.SIGTERM)
     starting.wait(30)
