@@ -169,7 +169,7 @@ def test_a_supervisord_that_hangs_is_killed_by_the_watchdog(service: Service, fi
     assert service.show("NRestarts") == "0"
     main = service.kill(signal.SIGSTOP)
     stopped = time.monotonic()
-    assert "T (stopped)" in Path(f"/proc/{main}/status").read_text()
+    wait_for("state T", lambda: "T (stopped)" in Path(f"/proc/{main}/status").read_text(), 1, every=0.005)
     wait_for("killed", lambda: gone(main), 5)
     killed = time.monotonic()
     assert killed - stopped > 1
