@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 
+from procs.plugin.notify import Notify
 from shared.errors import NodeError
 
 HELP = """\
@@ -19,9 +20,10 @@ SGLang on a GPU server as a supervised node of a Dynamo cluster.
   restart [PROCESS]       restart a process, or all behind a drain, without losing a stream
   show-config             the configuration that it runs with
   ctl ...                 supervisorctl on it: `sgnode ctl status`, `sgnode ctl restart agent`, `sgnode ctl tail -f engine`
+  install-unit            write sgnode@.service for systemd, with this installation's paths
   demo-model DIR          make a tiny model with random weights, to try a node without a download
 
-All but serve and demo-model find the node by --name or --runtime-dir, or take the only one that runs.
+All but serve, install-unit and demo-model find the node by --name or --runtime-dir, or take the only one that runs.
 `sgnode COMMAND --help` says more. `sgnode --version` prints the version.
 
   sgnode demo-model ./demo && sgnode serve ./demo
@@ -45,6 +47,7 @@ def run(argv: list[str]) -> int:
         return _command(argv[0], argv[1:])
     except NodeError as error:
         print(f"sgnode: error: {error}", file=sys.stderr)
+        Notify().say(f"refused: {error}")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -73,6 +76,10 @@ def _command(name: str, argv: list[str]) -> int:
             return status.show_config(argv)
         case "ctl":
             return status.ctl(argv)
+        case "install-unit":
+            from procs.cli import install_unit
+
+            return install_unit.main(argv)
         case "demo-model":
             from procs.cli import demo_model
 

@@ -19,16 +19,17 @@ from supervisor.xmlrpc import Faults, RPCError
 
 from procs.plugin import facts
 from procs.plugin.guard import ENGINE
+from procs.plugin.journal import Journal, OwnLog
 from procs.plugin.notify import Notify
 from procs.plugin.wakeup import Wakeup
 from procs.plugin.wants import DRAIN, SERVE, STOP, Wants
 from shared.config import EVENTS_SOCKET, LOG_DIR, NodeConfig
 from shared.frames import ProcessChange
 
-PATIENT_STATES = ("waiting", "starting", "loading", "warming", "draining")
-"""Node states that take long on purpose: systemd is asked for more time while one lasts."""
 SUPERVISORD = "supervisord"
 """Name in a ProcessChange for supervisord itself; its state STOPPING is the beginning of the node's stop."""
+STILL_ALIVE = (events.ProcessStateRunningEvent, events.ProcessStateStoppingEvent)
+"""After these a process may go on with its last line of output."""
 AGENTS = "agent"
 """The group of programs whose streams a drain waits for."""
 HURRIED_STOP_SECONDS = 5
@@ -47,12 +48,17 @@ class Plugin:
         self._wants = Wants()
         self._starts: Counter[str] = Counter()
         self._notify = Notify()
-        self._wakeup = Wakeup(self._options)
+        self._wakeup = Wakeup(self._options, lambda: self._notify.round(stopping=self._is_stopping))
+        self._journal: Journal | None = None
         self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         events.subscribe(events.ProcessStateEvent, self._process_changed)
         events.subscribe(events.SupervisorRunningEvent, self._running)
         events.subscribe(events.SupervisorStoppingEvent, self._stopping)
-        events.subscribe(events.Tick5Event, self._tick)
+        if self._notify.listening:
+            self._journal = Journal(config.name, self._options.get_socket_map())
+            self._options.logger.addHandler(OwnLog(self._journal))
+            events.subscribe(events.ProcessLogEvent, self._said)
+        self._tell_systemd()
 
     # --- XML-RPC ---
 
@@ -131,7 +137,7 @@ class Plugin:
         found = {}
         for group in sorted(self._supervisord.process_groups.values()):
             for process in group.processes.values():
-                name = make_namespec(group.config.name, process.config.name)
+                name = _name_of(process)
                 found[name] = facts.ProcessFacts(
                     pid=process.pid,
                     state=getProcessStateDescription(process.get_state()),
@@ -145,9 +151,13 @@ class Plugin:
         # The loop spawns, stops and reports once a round: let the next one begin now.
         self._wakeup.poke()
         process = event.process
-        name = make_namespec(process.group.config.name, process.config.name)
+        name = _name_of(process)
         if isinstance(event, events.ProcessStateStartingEvent):
             self._starts[name] += 1
+        if self._journal is not None and not isinstance(
+            event, events.ProcessStateRunningEvent | events.ProcessStateStoppingEvent
+        ):
+            self._journal.end(name)
         self._tell_coordinator(name, getProcessStateDescription(process.get_state()), process.pid)
 
     def _running(self, _event: Any) -> None:
@@ -169,20 +179,22 @@ class Plugin:
         self._notify.stopping()
         self._tell_coordinator(SUPERVISORD, "STOPPING", os.getpid())
 
-    def _tick(self, _event: Any) -> None:
-        self._notify.tick()
-        if self._is_stopping:
-            self._tell_systemd()
+    def _said(self, event: Any) -> None:
+        if self._journal is not None:
+            self._journal.take(_name_of(event.process), event.pid, event.data)
 
     def _tell_systemd(self) -> None:
-        state, reason = str(self._document.get("state", "")), str(self._document.get("reason", ""))
-        text = f"{state}: {reason}" if reason else state
-        self._notify.status(state, text, patience=self._is_stopping or state in PATIENT_STATES)
+        self._notify.report(self._document, stopping=self._is_stopping)
 
     def _tell_coordinator(self, name: str, state: str, pid: int) -> None:
         frame = msgspec.msgpack.encode(ProcessChange(name, state, pid))
         with contextlib.suppress(OSError):  # not there or behind: it asks every second anyway
             self._events.sendto(frame, str(self._config.path / EVENTS_SOCKET))
+
+
+def _name_of(process: Any) -> str:
+    """``engine``, ``agent:0``."""
+    return str(make_namespec(process.group.config.name, process.config.name))
 
 
 def _remove_runtime(config: NodeConfig, pid: int) -> None:

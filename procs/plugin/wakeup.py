@@ -6,13 +6,15 @@ Measured with supervisor 4.3: a child's death is handled after 1 ms instead of u
 import contextlib
 import signal
 import socket
+from collections.abc import Callable
 from typing import Any
 
 
 class Wakeup:
     """An entry of asyncore's socket_map in supervisord (duck-typed dispatcher): readable when there is something to do."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Any, each_round: Callable[[], None]) -> None:
+        self._each_round = each_round
         self._signals = options.signal_receiver
         self._in, self._out = socket.socketpair()
         self._in.setblocking(False)
@@ -29,6 +31,7 @@ class Wakeup:
         # Asked before each wait. The loop handles one signal a round: the next one must not wait a second.
         if self._signals._signals_recvd:
             self.poke()
+        self._each_round()
         return True
 
     def writable(self) -> bool:
