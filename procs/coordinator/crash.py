@@ -62,12 +62,13 @@ def versions(config: NodeConfig) -> dict[str, str]:
 
 
 def last_lines(directory: Path) -> list[str]:
-    """The end of the engine's log, without empty lines."""
+    """The end of the engine's log, without empty lines and a traceback's marks."""
     try:
         text = _tail(directory / LOG_DIR / "engine.log", LAST_LINES * 1000).decode(errors="replace")
     except OSError:
         return []
-    return [line.rstrip()[:LINE_LENGTH] for line in text.splitlines() if line.strip()][-LAST_LINES:]
+    lines = [line.rstrip()[:LINE_LENGTH] for line in text.splitlines() if line.strip(" ^~")]
+    return lines[-LAST_LINES:]
 
 
 def _json(path: Path, value: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ class EngineProgram:
     restart_at: float | None = None
     _pid: int = 0
     _ours: bool = False
+    _stopped: bool = False
 
     def look(self, info: dict[str, Any], now: float, death: str) -> bool:
         """Take ``supervisor.getProcessInfo``'s answer. True when the engine should be started, conditions permitting.
@@ -38,6 +39,7 @@ class EngineProgram:
         if self.state == "STOPPED":
             # Stopped by a person, who starts it again; or never started, which is for us.
             self._pid, self.restart_at = 0, None
+            self._stopped = self.started
             return not self.started
         if self.restart_at is None and not self.failed:
             if info.get("exitstatus") == LEFT_BEHIND_EXIT:
@@ -51,11 +53,11 @@ class EngineProgram:
         self._ours, self.restart_at = True, None
 
     def _new_life(self, pid: int, now: float) -> None:
-        early = bool(self.failed) or (self.restart_at is not None and now < self.restart_at)
+        early = self._stopped or bool(self.failed) or (self.restart_at is not None and now < self.restart_at)
         if not self._ours and self._pid == 0 and early:
             logging.info("the engine was started by hand: earlier deaths are forgotten")
             self.policy.reset()
-        self._pid, self._ours, self.failed, self.restart_at = pid, False, "", None
+        self._pid, self._ours, self._stopped, self.failed, self.restart_at = pid, False, False, "", None
 
     def _died(self, now: float, why: str) -> None:
         self._pid = 0

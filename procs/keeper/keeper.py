@@ -23,6 +23,8 @@ from shared.state import State
 SCAN_LOADING_SECONDS = 0.25
 SCAN_SECONDS = 1.0
 """How often new processes of the engine are looked for: often while it loads, when its children appear."""
+LOOK_SECONDS = 0.02
+"""How often each process is looked at for its being about to end. A look takes some 10 µs."""
 LOADING_GRACE_SECONDS = 3.0
 """From SIGTERM to SIGKILL for an engine that has nothing to drain yet."""
 REAP_MARGIN_SECONDS = 5.0
@@ -40,7 +42,29 @@ class Watched:
     """A live process of the engine."""
 
     pidfd: int
+    stat: int
+    """Its /proc/PID/stat, opened once."""
     title: str
+
+    @classmethod
+    def open(cls, pid: int) -> "Watched":
+        """Raises OSError when the process is gone."""
+        pidfd = os.pidfd_open(pid)
+        try:
+            return cls(pidfd, os.open(f"/proc/{pid}/stat", os.O_RDONLY), tree.title(pid))
+        except OSError:
+            os.close(pidfd)
+            raise
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+        os.close(self.stat)
+
+    def end_status(self) -> int | None:
+        """As tree.end_status."""
+        with contextlib.suppress(OSError):
+            return tree.end_status(os.pread(self.stat, 1024, 0).decode(errors="replace"))
+        return None
 
 
 def keep(config: NodeConfig, command: Sequence[str], stop_wait: float) -> int:
@@ -105,17 +129,19 @@ class Keeper:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         decoder: Decoder[EngineState] = Decoder(EngineState, "engine")
         states = LoopSocket(subscriber(context, self._config.path, ["engine"]), self._hear(decoder))
-        scanning = loop.create_task(self._scan())
+        watching = [loop.create_task(self._scan()), loop.create_task(self._look())]
         finding = loop.create_task(asyncio.to_thread(gpu.find))
         try:
             await self._either(self._engine_gone, self._stop_asked)
             if not self._engine_gone.is_set():
                 await self._stop_engine()
-            scanning.cancel()
+            for task in watching:
+                task.cancel()
             await self._clear(await finding)
             return self._exit_code()
         finally:
-            scanning.cancel()
+            for task in watching:
+                task.cancel()
             states.close()
             context.term()
             self._heart.close()
@@ -143,14 +169,13 @@ class Keeper:
             known.title = tree.title(pid) or known.title
             return
         try:
-            pidfd = os.pidfd_open(pid)
+            watched = self._watched[pid] = Watched.open(pid)
         except OSError:  # gone already
             if pid == self._engine:
                 self._ended(pid)
             return
-        self._watched[pid] = Watched(pidfd, tree.title(pid))
         self._seen.add(pid)
-        asyncio.get_running_loop().add_reader(pidfd, self._ended, pid)
+        asyncio.get_running_loop().add_reader(watched.pidfd, self._ended, pid)
 
     async def _scan(self) -> None:
         still = stopped.Stopped()
@@ -165,6 +190,17 @@ class Keeper:
             loading = self._engine_state in (State.STARTING, State.LOADING, State.WARMING)
             await asyncio.sleep(SCAN_LOADING_SECONDS if loading else SCAN_SECONDS)
 
+    async def _look(self) -> None:
+        """See that a process is about to end long before its pidfd says so; the engine first, whose children die with it."""
+        while self._death is None and not self._stop_asked.is_set():
+            for pid, watched in sorted(self._watched.items(), key=lambda item: item[0] != self._engine):
+                who = self._who(pid, watched.title)
+                if who is not None and (status := watched.end_status()) is not None:
+                    self._statuses.setdefault(pid, status)
+                    self._say_death(who, pid, watched.title)
+                    break
+            await asyncio.sleep(LOOK_SECONDS)
+
     def _who(self, pid: int, title: str) -> str | None:
         """Who of the engine a process is, None for one that it can do without."""
         return "engine" if pid == self._engine else tree.essential(title)
@@ -174,7 +210,7 @@ class Keeper:
         watched = self._watched.pop(pid, None)
         if watched is not None:
             asyncio.get_running_loop().remove_reader(watched.pidfd)
-            os.close(watched.pidfd)
+            watched.close()
         # The title may be newer than the last look at it; a zombie still has the beginning.
         names = (watched.title if watched else "", tree.title(pid))
         who = next((who for name in names if (who := self._who(pid, name))), None)
@@ -188,11 +224,11 @@ class Keeper:
             self._engine_gone.set()
 
     def _dead(self, pid: int) -> bool:
-        return pid in self._statuses or tree.zombie_status(pid) is not None
+        return pid in self._statuses or tree.status(pid) is not None
 
     def _say_death(self, who: str, pid: int, name: str, why: str = "") -> None:
         """Say it, then kill the rest: the frame is on its way before anything else is done. ``why`` it was killed by us."""
-        status = self._statuses.get(pid, tree.zombie_status(pid))
+        status = self._statuses.get(pid, tree.status(pid))
         label = f"{who} {name}" if who != "engine" and name else who
         how = f"was killed: {why}" if why else "ended" if status is None else tree.how(status)
         reason = f"{label} (pid {pid}) {how}"

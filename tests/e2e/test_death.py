@@ -1,10 +1,10 @@
 """A real engine's processes killed in mid-stream, with two DP ranks: what ends and when, what is left, when it is back."""
 
-import re
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -24,10 +24,24 @@ VICTIMS = {
 }
 
 
+@dataclass
+class Started:
+    """``start_seconds``: from the first engine's process to a node that is ready."""
+
+    node: Node
+    start_seconds: float
+
+
 @pytest.fixture(scope="module")
-def node(model: Path) -> Iterator[Node]:
-    with Node(str(model), "--served-model-name", MODEL, *CPU, "--dp-size", "2") as node:
-        yield node.start().wait_ready()
+def started(model: Path) -> Iterator[Started]:
+    # SGLang wants a NUMA node for each rank on a CPU, or to be told the cores.
+    bind = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    with Node(str(model), "--served-model-name", MODEL, *CPU, "--dp-size", "2", env=bind) as node:
+        node.start()
+        wait_for("the engine's process", lambda: node.process_row("keeper").get("pid"), 60)
+        began = time.monotonic()
+        node.wait_ready(240)
+        yield Started(node, time.monotonic() - began)
 
 
 def processes(node: Node) -> dict[int, str]:
@@ -36,22 +50,19 @@ def processes(node: Node) -> dict[int, str]:
     return {process.pid: " ".join(process.cmdline()) for process in (engine, *engine.children(recursive=True))}
 
 
-def start_seconds(node: Node) -> float:
-    """From the keeper's start to the engine's being ready, of the newest incarnation, as its log has it."""
-    said = re.findall(r"incarnation (\d+) .*ready after ([\d.]+) s", (node.runtime_dir / "log" / "engine.log").read_text())
-    return float(said[-1][1])
-
-
 @pytest.mark.soak
 @pytest.mark.parametrize("who", VICTIMS)
 def test_a_killed_process_ends_every_stream_at_once_and_the_engine_is_back(
-    node: Node, rounds: Callable[[int], int], figures: Callable[..., None], who: str
+    started: Started, rounds: Callable[[int], int], figures: Callable[..., None], who: str
 ) -> None:
+    node, load = started.node, started.start_seconds
     ended, withdrawals = [], []
     for number in range(rounds(5)):
-        # A death after a quiet time is restarted at once; the back-off of several in a row is another test's.
-        node.sgnode("restart", "engine") if number else None
         before = node.wait_ready().status()
+        if len(before["deaths"]) == 3:  # the next but one would be a crash loop: a restart by hand forgets them
+            assert node.sgnode("restart", "engine").returncode == 0
+            before = node.wait_ready().status()
+        waited = 2 ** (len(before["deaths"]) - 1) if before["deaths"] else 0
         with Streams() as streams:
             results = streams.start(node.url, MODEL, STREAMS, TOKENS)
             streams.flowing(results)
@@ -83,8 +94,12 @@ def test_a_killed_process_ends_every_stream_at_once_and_the_engine_is_back(
             withdrawn_ms=round(withdrawn * 1e3),
             all_gone_ms=round(orphans * 1e3),
             ready_s=round(back, 1),
+            backoff_s=waited,
+            start_s=round(load, 1),
         )
+        assert back < waited + load + 1, f"ready again after {back:.1f} s, a start takes {load:.1f} s"
         ended.append(max(ends))
         withdrawals.append(withdrawn)
     for seconds in (ended, withdrawals):
-        assert statistics.median(seconds) < 0.2 and max(seconds) < 0.5, seconds
+        assert max(seconds) < 0.5, seconds
+        assert len(seconds) < 3 or statistics.median(seconds) < 0.2, seconds

@@ -185,6 +185,9 @@ def test_a_person_may_stop_the_engine_and_end_a_crash_loop() -> None:
     assert not program.look(info("RUNNING", 5), 0.0, "")
     assert not program.look(info("STOPPED"), 1.0, "")
     assert not program.look(info("STOPPED"), 99.0, "")
+    program.policy.deaths = [98.0]
+    program.look(info("RUNNING", 6), 99.5, "")
+    assert program.policy.deaths == [], "a restart by hand counts nothing that was before"
     for now in range(5):
         program.look(info("RUNNING", 10 + now), 100.0 + now, "")
         program.look(info("EXITED"), 100.5 + now, "boom")

@@ -228,3 +228,12 @@ def test_essential_titles() -> None:
 def test_wait_status_in_words() -> None:
     assert tree.how(signal.SIGKILL) == "killed by SIGKILL"
     assert tree.how(3 << 8) == "exited with code 3"
+
+
+def test_a_process_that_still_gives_back_its_memory_counts_as_dead() -> None:
+    fields = ["S", "1", "1", "1", "0", "-1", str(0x400000)] + ["0"] * 41
+    assert tree.end_status("7 (a) b) " + " ".join([*fields, "0"])) is None
+    fields[6] = str(0x400000 | tree.PF_EXITING)
+    assert tree.end_status("7 (a) b) " + " ".join([*fields, "9"])) == 9
+    assert tree.end_status("7 (a) " + " ".join(["Z", *fields[1:], "256"])) == 256
+    assert tree.end_status("") is None
