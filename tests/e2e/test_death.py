@@ -59,7 +59,7 @@ def test_a_killed_process_ends_every_stream_at_once_and_the_engine_is_back(
     ended, withdrawals = [], []
     for number in range(rounds(5)):
         before = node.wait_ready().status()
-        if len(before["deaths"]) == 3:  # the next but one would be a crash loop: a restart by hand forgets them
+        if len(before["deaths"]) == 4:  # the next would be a crash loop: a restart by hand forgets them
             assert node.sgnode("restart", "engine").returncode == 0
             before = node.wait_ready().status()
         waited = 2 ** (len(before["deaths"]) - 1) if before["deaths"] else 0
