@@ -6,6 +6,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 from shared.config import RUNTIME_DIR_VARIABLE, NodeConfig, load
 from shared.environment import BY_PROGRAM, allowed
@@ -22,9 +23,18 @@ FRONTEND_STOP_SECONDS = 60
 """For clients to take what is left of their streams after the agents have drained; supervisor.conf allows a little more."""
 
 
+def interpreter() -> str:
+    """This process's interpreter, in the virtual environment itself where that was reached through a link.
+
+    An upgrade switches the link; what runs already must not import the rest of itself from the new version.
+    """
+    own = Path(sys.prefix).resolve() / "bin" / Path(sys.executable).name
+    return str(own) if own.exists() and sys.prefix != sys.base_prefix else sys.executable
+
+
 def command(program: str, index: int | None, config: NodeConfig) -> list[str]:
     """Arguments of a program, the interpreter first."""
-    argv = [sys.executable, "-m", MODULES.get(program, f"procs.{program}")]
+    argv = [interpreter(), "-m", MODULES.get(program, f"procs.{program}")]
     if program == "agent":
         argv.append(str(index or 0))
     if program == "frontend":

@@ -89,6 +89,8 @@ class Node:
         self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(self.root), **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self.console = self.root / "console"
+        self.program = [SGNODE]
+        """What is run as `sgnode`; another virtual environment's, in a test of upgrades."""
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -96,7 +98,7 @@ class Node:
         where = ["--name", self.name, "--runtime-dir", str(self.runtime_dir)]
         ports = [] if "--http-port" in self.arguments else ["--http-port", "0"]
         ports += [] if "--system-port" in self.arguments else ["--system-port", "0"]
-        return [SGNODE, "serve", *self.arguments, *where, *ports]
+        return [*self.program, "serve", *self.arguments, *where, *ports]
 
     def start(self, *, group: bool = False) -> "Node":
         """``group``: in a process group of its own, as a shell's job has."""
@@ -154,7 +156,7 @@ class Node:
     # --- what it says ------------------------------------------------------------------------------------------------
 
     def sgnode_command(self, *arguments: str) -> list[str]:
-        return [SGNODE, arguments[0], "--runtime-dir", str(self.runtime_dir), *arguments[1:]]
+        return [*self.program, arguments[0], "--runtime-dir", str(self.runtime_dir), *arguments[1:]]
 
     @staticmethod
     def tool(name: str) -> str:

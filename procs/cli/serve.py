@@ -19,6 +19,7 @@ import msgspec
 
 from procs.cli import flags, runtime_dir
 from procs.cli.flags import NodeFlags
+from procs.launch import interpreter
 from shared import config as configuration
 from shared import environment, roles
 from shared.config import DISCOVERY_DIR, RUNTIME_DIR_VARIABLE, SUPERVISOR_CONF, TEMPORARY_DIR, NodeConfig
@@ -86,9 +87,9 @@ def _start(config: NodeConfig, claim: runtime_dir.Claim, environ: dict[str, str]
     child = None
     if console and "NOTIFY_SOCKET" not in os.environ:
         child = subprocess.Popen([sys.executable, "-m", "procs.cli.console"], env=environ, stdin=subprocess.DEVNULL)
-    command = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(config.path / SUPERVISOR_CONF)]
+    command = [interpreter(), "-m", "supervisor.supervisord", "-n", "-c", str(config.path / SUPERVISOR_CONF)]
     try:
-        os.execve(sys.executable, command, environ)
+        os.execve(command[0], command, environ)
     except OSError:
         if child is not None:
             child.kill()

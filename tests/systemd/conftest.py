@@ -1,5 +1,6 @@
 """One booted machine for the whole directory, with sgnode installed on it by `sgnode install-unit`."""
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ TESTING = f"[Service]\nEnvironment=PYTHONPATH={CHECKOUT} HF_HUB_OFFLINE=1\n"
 
 @pytest.fixture(scope="session")
 def machine(model: Path) -> Iterator[Machine]:
+    if os.geteuid() != 0 or shutil.which("systemd-nspawn") is None:
+        pytest.skip("needs root and Debian's systemd-container")
     with Machine({REPOSITORY: CHECKOUT, Path(sys.prefix): "/srv/venv-1"}) as booted:
         # The demo model and a virtual environment behind a link, where an operator has them.
         shutil.copytree(model, f"/proc/{booted.pid}/root{MODEL}")
