@@ -56,7 +56,7 @@ class Coordinator:
         self._policy = RestartPolicy()
         self._program = EngineProgram(self._policy, self._crashed)
         self._crashes = document.Crashes()
-        self._bundling: asyncio.Task[None] | None = None
+        self._bundling: set[asyncio.Task[None]] = set()
         self._hangs = Hangs(config.hang_timeout)
         self._revoker = Revoker(config.path)
         self._conditions: list[Condition] = []
@@ -265,7 +265,9 @@ class Coordinator:
         self._crashes.last_crash = {**told, "path": str(target)}
         self._crashes.last_log = crash.last_lines(self._config.path)
         status = self._document(self._facts(), self._node)
-        self._bundling = asyncio.get_running_loop().create_task(self._bundle(target, told, status))
+        bundling = asyncio.get_running_loop().create_task(self._bundle(target, told, status))
+        self._bundling.add(bundling)
+        bundling.add_done_callback(self._bundling.discard)
 
     async def _bundle(self, target: Path, told: dict[str, Any], status: dict[str, Any]) -> None:
         try:
