@@ -15,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from procs.cli.status import GONE, document_of
+from shared.errors import NodeError
+
 SGNODE = str(Path(sys.executable).with_name("sgnode"))
 CPU = ["--max-total-tokens", "65536"]
 """On top of `sgnode serve`'s own defaults for a host without a GPU."""
@@ -169,13 +172,11 @@ class Node:
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
 
     def status(self) -> dict[str, Any]:
-        """The status document, {} while there is none."""
-        done = self.sgnode("status", "--json")
+        """The status document, {} while there is none. Asked as `sgnode status --json` does, without a process for each look."""
         try:
-            document: dict[str, Any] = json.loads(done.stdout)
-        except json.JSONDecodeError:
+            return document_of(self.runtime_dir)
+        except (*GONE, NodeError):
             return {}
-        return document
 
     def process_row(self, name: str) -> dict[str, Any]:
         return next((row for row in self.status().get("processes", []) if row["name"] == name), {})
