@@ -56,7 +56,7 @@ def test_a_killed_process_ends_every_stream_at_once_and_the_engine_is_back(
     started: Started, rounds: Callable[[int], int], figures: Callable[..., None], who: str
 ) -> None:
     node, load = started.node, started.start_seconds
-    ended, withdrawals = [], []
+    ended, withdrawals, late = [], [], []
     for number in range(rounds(5)):
         before = node.wait_ready().status()
         if len(before["deaths"]) == 4:  # the next would be a crash loop: a restart by hand forgets them
@@ -97,9 +97,12 @@ def test_a_killed_process_ends_every_stream_at_once_and_the_engine_is_back(
             backoff_s=waited,
             start_s=round(load, 1),
         )
-        assert back < waited + load + 1, f"ready again after {back:.1f} s, a start takes {load:.1f} s"
+        # One start varies by some seconds with what else runs on the machine; the median of several doesn't.
+        assert back < waited + 1.25 * load + 1, f"ready again after {back:.1f} s, a start takes {load:.1f} s"
+        late.append(back - waited - load)
         ended.append(max(ends))
         withdrawals.append(withdrawn)
     for seconds in (ended, withdrawals):
         assert max(seconds) < 0.5, seconds
         assert len(seconds) < 3 or statistics.median(seconds) < 0.2, seconds
+    assert len(late) < 3 or statistics.median(late) < 1, late
