@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,19 @@ class Node:
             wait_for("node ready", ready, seconds, every=0.1)
         except Deadline as error:
             raise AssertionError(f"{error}\n{json.dumps(self.status(), indent=1)}\n{self.logs()}") from error
+        # Its own frontend is another process, which learns of the registration by itself.
+        wait_for("the frontend has the model", self._listed, 30)
         return self
+
+    def _listed(self) -> bool:
+        port = self.status().get("ports", {}).get("http")
+        if not port:
+            return True
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
+                return bool(json.load(answer)["data"])
+        except OSError:
+            return False
 
     def terminate(self) -> None:
         assert self.process is not None

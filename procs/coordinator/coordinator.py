@@ -148,17 +148,19 @@ class Coordinator:
 
     def _say_keepers_death(self, program: str) -> None:
         """A keeper that was killed has said nothing, and its engine dies with it: the streams must not wait for silence."""
-        keeper = self._board.heard.get("keeper")
-        if program not in DEAD or keeper is None or self._has_spoken(keeper.beat):
+        incarnation, keeper = self._incarnation, self._board.heard.get("keeper")
+        said = self._death is not None and self._death.incarnation >= incarnation
+        if program not in DEAD or not incarnation or said or (keeper is not None and keeper.beat.state == State.STOPPED):
             return
-        beat = keeper.beat
-        self._death = Death(beat.incarnation, "keeper", beat.pid, f"the keeper (pid {beat.pid}) was killed", time.time())
-        logging.error("engine %d is dead: %s", beat.incarnation, self._death.reason)
+        pid = keeper.beat.pid if keeper is not None else 0
+        self._death = Death(incarnation, "keeper", pid, f"the keeper{f' (pid {pid})' if pid else ''} was killed", time.time())
+        logging.error("engine %d is dead: %s", incarnation, self._death.reason)
         self._heart.publish(self._death)
 
-    def _has_spoken(self, keeper: Beat) -> bool:
-        said = self._death is not None and self._death.incarnation >= keeper.incarnation
-        return said or keeper.state == State.STOPPED
+    @property
+    def _incarnation(self) -> int:
+        """The newest that was heard of: the engine may be heard before its keeper. 0: none yet."""
+        return max((heard.beat.incarnation for name in ("keeper", "engine") if (heard := self._board.heard.get(name))), default=0)
 
     @property
     def _wanted(self) -> str:
@@ -258,8 +260,7 @@ class Coordinator:
 
     def _crashed(self, why: str) -> None:
         """Keep what there is to know of a death, beside the next start."""
-        now, keeper = time.time(), self._board.heard.get("keeper")
-        incarnation = keeper.beat.incarnation if keeper else 0
+        now, incarnation = time.time(), self._incarnation
         target = crash.place(self._config.path, incarnation, now)
         told = {"reason": why, "at": now, "incarnation": incarnation}
         self._crashes.last_crash = {**told, "path": str(target)}
@@ -326,10 +327,8 @@ class Coordinator:
         self._crashes.deaths = [death + behind for death in self._policy.deaths]
         self._crashes.restart_at = None if at is None else at + behind
         self._crashes.failed = self._program.failed
-        keeper = self._board.heard.get("keeper")
-        incarnation = keeper.beat.incarnation if keeper else 0
         return document.build(
-            self._config, self._board, facts, node, since=self._since, incarnation=incarnation, crashes=self._crashes
+            self._config, self._board, facts, node, since=self._since, incarnation=self._incarnation, crashes=self._crashes
         )
 
     async def _report(self) -> None:

@@ -105,8 +105,8 @@ def test_a_scheduler_stopped_for_20_s_is_withdrawn_and_taken_back(cluster: Clust
     began = time.monotonic()
     wait_for("withdrawn", lambda: not record.exists(), 10)
     withdrawn = time.monotonic() - began
-    status = node.status()
-    assert status["state"] == "unhealthy" and f"pid {scheduler}" in status["reason"], status
+    wait_for("unhealthy", lambda: node.status()["state"] == "unhealthy", 2)
+    assert f"pid {scheduler}" in node.status()["reason"]
     # The cluster serves on meanwhile.
     with Streams() as streams:
         while time.monotonic() - began < 20:
