@@ -9,6 +9,9 @@ from procs.coordinator.node import ALIVE
 from procs.coordinator.restart import LOOP_DEATHS, LOOP_SECONDS, RestartPolicy
 from shared.config import LEFT_BEHIND_EXIT
 
+LEFT_BEHIND_SECONDS = 60.0
+"""To the next look whether what an earlier engine left is gone: then the node goes on by itself."""
+
 
 @dataclass
 class EngineProgram:
@@ -44,6 +47,7 @@ class EngineProgram:
         if self.restart_at is None and not self.failed:
             if info.get("exitstatus") == LEFT_BEHIND_EXIT:
                 self._cannot_start("processes of an engine before can't be killed; log/engine.log names them")
+                self.restart_at = now + LEFT_BEHIND_SECONDS
             else:
                 self._died(now, death or str(info.get("spawnerr") or f"the keeper exited with code {info.get('exitstatus')}"))
         return self.restart_at is not None and now >= self.restart_at

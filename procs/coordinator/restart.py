@@ -5,6 +5,8 @@ BACKOFF_FIRST_SECONDS = 1.0
 BACKOFF_MOST_SECONDS = 60.0
 CALM_SECONDS = 300.0
 """An engine that was ready for so long had a good life: earlier deaths are forgotten."""
+REMEMBERED = 16
+"""Deaths: more than the longest back-off and a loop need."""
 LOOP_DEATHS = 5
 LOOP_SECONDS = 600.0
 """So many deaths within so many seconds are a crash loop: a person has to look."""
@@ -31,6 +33,7 @@ class RestartPolicy:
         self.deaths.append(now)
         if sum(now - death <= LOOP_SECONDS for death in self.deaths) >= LOOP_DEATHS:
             return None
+        del self.deaths[:-REMEMBERED]
         before = len(self.deaths) - 1
         return min(BACKOFF_FIRST_SECONDS * 2 ** (before - 1), BACKOFF_MOST_SECONDS) if before else 0.0
 

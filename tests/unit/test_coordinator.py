@@ -98,6 +98,12 @@ def test_back_off_grows_and_a_good_life_resets_it() -> None:
     assert policy.died(now + 701) == 0
 
 
+def test_deaths_that_go_on_for_days_change_nothing() -> None:
+    policy = RestartPolicy()
+    delays = [policy.died(200.0 * number) for number in range(2000)]
+    assert set(delays[8:]) == {60.0} and len(policy.deaths) < 20
+
+
 def test_five_deaths_in_ten_minutes_are_a_crash_loop() -> None:
     policy = RestartPolicy()
     assert [policy.died(now) for now in (0.0, 10.0, 20.0, 601.0, 602.0)] == [0, 1, 2, 4, 8]
@@ -168,7 +174,12 @@ def test_what_cannot_be_killed_is_a_failure_at_once() -> None:
     program = EngineProgram(RestartPolicy())
     program.look(info("RUNNING", 5), 0.0, "")
     assert not program.look(info("EXITED", exitstatus=LEFT_BEHIND_EXIT), 40.0, "")
-    assert "can't be killed" in program.failed and program.restart_at is None
+    assert "can't be killed" in program.failed and not program.look(info("EXITED", exitstatus=LEFT_BEHIND_EXIT), 99.0, "")
+    # It may be gone a minute later: a try is no death.
+    assert program.look(info("EXITED", exitstatus=LEFT_BEHIND_EXIT), 100.0, "")
+    program.starting()
+    program.look(info("RUNNING", 6), 100.1, "")
+    assert program.failed == "" and program.policy.deaths == []
 
 
 def test_a_coordinator_that_died_between_start_and_word_takes_no_start_for_a_persons() -> None:

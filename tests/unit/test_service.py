@@ -284,7 +284,7 @@ FRAMES = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.data_too_large])
 @given(junk=st.lists(FRAMES, min_size=1, max_size=10), multipart=st.booleans())
 def test_junk_is_counted_and_dropped_and_the_next_good_frame_works(
     tmp_path_factory: pytest.TempPathFactory, junk: list[bytes], multipart: bool
