@@ -58,7 +58,8 @@ class EngineProgram:
 
     def _new_life(self, pid: int, now: float) -> None:
         early = self._stopped or bool(self.failed) or (self.restart_at is not None and now < self.restart_at)
-        if not self._ours and self._pid == 0 and early:
+        # Another pid where one was alive: stopped and started between two looks, for nobody restarts the engine but us.
+        if not self._ours and (self._pid or early):
             logging.info("the engine was started by hand: earlier deaths are forgotten")
             self.policy.reset()
         self._pid, self._ours, self._stopped, self.failed, self.restart_at = pid, False, False, "", None

@@ -199,6 +199,9 @@ def test_a_person_may_stop_the_engine_and_end_a_crash_loop() -> None:
     program.policy.deaths = [98.0]
     program.look(info("RUNNING", 6), 99.5, "")
     assert program.policy.deaths == [], "a restart by hand counts nothing that was before"
+    program.policy.deaths = [99.5]
+    program.look(info("RUNNING", 7), 99.6, "")
+    assert program.policy.deaths == [], "nor does one between two looks"
     for now in range(5):
         program.look(info("RUNNING", 10 + now), 100.0 + now, "")
         program.look(info("EXITED"), 100.5 + now, "boom")
