@@ -76,12 +76,14 @@ def test_a_killed_process_ends_every_stream_at_once_and_the_engine_is_back(
             wait_for("no orphan", lambda tree=tree: all(map(gone, tree)), 1.0 - (time.monotonic() - began), every=0.005)
             orphans = time.monotonic() - began
             streams.join()
+            # "ready" is said of the dead one for some milliseconds more.
+            wait_for("the next engine", lambda before=before: node.status()["incarnation"] > before["incarnation"], 60)
             node.wait_ready()
             back = time.monotonic() - began
         assert all(r.error and not r.finish for r in results), results
         ends = [r.ended - began for r in results]
         after = node.status()
-        assert (after["state"], after["incarnation"]) == ("ready", before["incarnation"] + 1)
+        assert (after["state"], after["incarnation"]) == ("ready", before["incarnation"] + 1), f"{after}\n{node.logs()}"
         assert instances(node) == [record], "registered again under the same worker id"
         assert set(tree).isdisjoint(marked_pids(node.runtime_dir))
         with Streams() as streams:
