@@ -79,6 +79,12 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     dist_init_addr: str | None = None
     group_port: int | None = None
     group_key_file: str | None = None
+    group_deadline: float = 2.0
+    """Seconds without a sign of life of another rank that end an epoch."""
+    group_facts: dict[str, str] = {}
+    """What must be alike on every rank, by name (procs.engine.check)."""
+    node_id: str = ""
+    """Of this life of the node: another one each time `sgnode serve` runs."""
     agents: int = 1
     frontend: bool = True
     http_host: str = "127.0.0.1"
@@ -94,6 +100,17 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def path(self) -> Path:
         return Path(self.runtime_dir)
+
+    @property
+    def leads(self) -> bool:
+        """This node has the agents and the frontend."""
+        return self.node_rank == 0
+
+    @property
+    def group_address(self) -> tuple[str, int]:
+        """Host and port where the leader's coordinator listens. Only with ``nnodes`` > 1."""
+        assert self.dist_init_addr is not None and self.group_port is not None
+        return split_address(self.dist_init_addr)[0], self.group_port
 
     @property
     def agent_names(self) -> list[str]:
@@ -115,11 +132,20 @@ SUPERVISOR_CONF = "supervisor.conf"
 EVENTS_SOCKET = "sock/events"
 """Unix datagram socket of the coordinator, for the supervisord plugin's ProcessChange hints."""
 INCARNATION_FILE = "incarnation"
+EPOCH_FILE = "epoch"
 LEFT_BEHIND_EXIT = 75
 """The keeper's exit code (sysexits.h: EX_TEMPFAIL) when processes of an engine before can't be killed."""
 DISCOVERY_DIR = "discovery"
 REGISTRATIONS_DIR = "registrations"
 LOCK_FILE = "lock"
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT`` or ``[IPV6]:PORT``, as --dist-init-addr has it. Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536 or (":" in host and host[0] != "["):
+        raise ValueError(f"expected HOST:PORT, got {text!r}")
+    return host.strip("[]"), int(port)
 
 
 def save(config: NodeConfig) -> None:

@@ -230,6 +230,61 @@ AgentState = Beat
 AnyState = Beat | Death | KvUse | Verdict | Intent
 
 
+# --- the group: a follower's coordinator (DEALER) -> the leader's (ROUTER) and back, over TCP --------------------------
+
+
+class Member(Frame, tag="Member"):
+    """All that a follower has to say, twice a second and at each change: one that is lost is made good by the next.
+
+    ``life``: of this coordinator; ``node``: of its node, the same in each life of the coordinator; ``number`` counts from 1 in a
+    life. ``leader`` and ``heard``: life and number of the newest Epoch frame that it took. ``group`` and ``epoch``: the one that its
+    engine was last started for. ``engine``: ``none`` (no process is left), ``up``, ``ready``, ``dead`` (being cleared away);
+    ``reason``: why it is gone. ``want`` as in Intent. ``clock``: UNIX seconds. ``facts``: what must be alike on every rank.
+    """
+
+    protocol: int
+    node_rank: int
+    life: str
+    node: str
+    host: str
+    number: int
+    leader: str
+    heard: int
+    group: str
+    epoch: int
+    engine: str
+    reason: str
+    want: str
+    clock: float
+    facts: dict[str, str]
+
+
+class Epoch(Frame, tag="Epoch"):
+    """All that the leader has to say, twice a second and at each change. ``life``, ``number`` as in Member.
+
+    ``group`` is made at the leader node's start, ``epoch`` counts its epochs; ``open``: engines of it shall run. ``orderly``: it
+    was ended on purpose, nothing has failed. ``reason``: why it is over. ``waiting_for``: what the next one waits for. ``state``
+    and ``progress`` are the leader node's, for an operator's eyes; ``workers``: worker ids of its agents that are in discovery.
+    """
+
+    protocol: int
+    life: str
+    number: int
+    group: str
+    epoch: int
+    open: bool
+    orderly: bool
+    reason: str
+    waiting_for: str
+    state: str
+    progress: str
+    workers: list[str] = []
+
+
+ToLeader = Member
+FromLeader = Epoch | Refused
+
+
 # --- metrics: prober (DEALER) -> relay (ROUTER) and back -------------------------------------------------------------
 
 

@@ -92,6 +92,12 @@ def resume(directory: Path) -> None:
     _call(directory, "sgnode.want", "serve", "")
 
 
+def restart_group(directory: Path, say: Say) -> None:
+    """End the epoch of a group whose rank 0 this is; the next one starts the engines anew. Raises NodeError."""
+    _call(directory, "sgnode.restart_engine")
+    say("the engines of every rank: restarted")
+
+
 def hurry(directory: Path) -> bool:
     """End what a drain or a stop still waits for; False when there is none. Raises NodeError."""
     return bool(_call(directory, "sgnode.hurry"))

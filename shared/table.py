@@ -7,6 +7,9 @@ from typing import Any
 HEADINGS = ("PROCESS", "PID", "STATE", "UPTIME", "RESTARTS", "RSS", "DETAIL")
 NEWS_SECONDS = 86_400.0
 """An engine's death is shown for so long."""
+FEW = 8
+"""Of a larger group only the ranks that are not well are shown."""
+QUIET_SECONDS = 2.0
 LEFT = {"PROCESS", "STATE", "DETAIL"}
 
 
@@ -30,6 +33,7 @@ def render(document: Mapping[str, Any], now: float | None = None) -> str:
         lines.append(f"  {document['reason']}")
     if document.get("waiting_for"):
         lines.append(f"  waiting for {document['waiting_for']}")
+    lines.extend(_group(document))
     if document.get("stale_s"):
         lines.append(f"  as of {span(document['stale_s'])} ago: the coordinator is not reporting")
     lines.append("  " + "   ".join(_facts(document)))
@@ -55,6 +59,24 @@ def _facts(document: Mapping[str, Any]) -> list[str]:
         facts.append(f"epoch {document['epoch']}")
     facts.append(f"{document.get('role', '?')}, rank {document.get('node_rank', 0)}, sgnode {document.get('version', '?')}")
     return facts
+
+
+def _group(document: Mapping[str, Any]) -> list[str]:
+    """Who is there of a group, as its leader knows it; on the others, why agents and frontend are missing."""
+    group = document.get("group")
+    if not group:
+        return []
+    rank, nnodes = document.get("node_rank", 0), group["nnodes"]
+    if rank:
+        return [f"  rank {rank} of {nnodes}: no agent and no frontend here, rank 0 has them (the leader, {group['leader']})"]
+    lines = [f"  {line}" for line in group["differences"]]
+    for each in group["ranks"]:
+        seen, refused, engine = each["seen_s"], each["refused"], each["engine"]
+        words = "not seen yet" if seen is None else f"{each['host']}, engine {engine}, heard {span(seen)} ago"
+        also = f"; {refused} says to be it too and is refused" if refused else ""
+        if seen is None or seen > QUIET_SECONDS or engine != "ready" or refused or nnodes <= FEW:
+            lines.append(f"  rank {each['node_rank']}: {words}{also}")
+    return lines
 
 
 def _crash(document: Mapping[str, Any], now: float) -> list[str]:

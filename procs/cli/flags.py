@@ -52,6 +52,7 @@ class NodeFlags:
     canary_timeout: float
     group_port: int | None
     group_key_file: str | None
+    group_deadline: float
     synthetic: Synthetic | None
     console: bool
     worker_argv: list[str]
@@ -81,6 +82,13 @@ def _seconds(text: str) -> float:
         value = -1.0
     if not 0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"expected seconds from 0, got {text!r}")
+    return value
+
+
+def _deadline(text: str) -> float:
+    value = _seconds(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1 s (nodes say so twice a second), got {text!r}")
     return value
 
 
@@ -145,8 +153,15 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
         default=300.0,
         help="seconds after which a hanging engine is killed and started again; 0: never (default: %(default)g)",
     )
-    add("--group-port", type=_port, help=argparse.SUPPRESS)
-    add("--group-key-file", help=argparse.SUPPRESS)
+    group = made.add_argument_group("a model over several nodes (with --nnodes, --node-rank, --dist-init-addr)")
+    group.add_argument("--group-port", type=_port, help="where they meet, on rank 0 (default: --dist-init-addr's + 100)")
+    group.add_argument("--group-key-file", help="made by `sgnode group-key FILE`, the same on every node")
+    group.add_argument(
+        "--group-deadline",
+        type=_deadline,
+        default=2.0,
+        help="seconds without a sign of life of another node that end the epoch everywhere (default: %(default)g)",
+    )
     add("--console", action=argparse.BooleanOptionalAction, default=True, help="show progress on standard output")
     add("--synthetic", type=_synthetic, help=argparse.SUPPRESS)
     return made
@@ -184,6 +199,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> NodeF
         canary_timeout=max(0.1, _environment_seconds(environ, "DYN_HEALTH_CHECK_REQUEST_TIMEOUT", 30.0)),
         group_port=found.group_port,
         group_key_file=found.group_key_file,
+        group_deadline=found.group_deadline,
         synthetic=found.synthetic,
         console=found.console,
         worker_argv=_model_flag(rest),

@@ -20,10 +20,11 @@ SGLang on a GPU server as a supervised node of a Dynamo cluster.
   restart [PROCESS]       restart a process, or all behind a drain, without losing a stream
   show-config             the configuration that it runs with
   ctl ...                 supervisorctl on it: `sgnode ctl status`, `sgnode ctl restart agent`, `sgnode ctl tail -f engine`
+  group-key FILE          make the key of a group of nodes
   install-unit            write sgnode@.service for systemd, with this installation's paths
   demo-model DIR          make a tiny model with random weights, to try a node without a download
 
-All but serve, install-unit and demo-model find the node by --name or --runtime-dir, or take the only one that runs.
+All but serve, group-key, install-unit and demo-model find the node by --name or --runtime-dir, or take the only one that runs.
 `sgnode COMMAND --help` says more. `sgnode --version` prints the version.
 
   sgnode demo-model ./demo && sgnode serve ./demo
@@ -76,6 +77,10 @@ def _command(name: str, argv: list[str]) -> int:
             return status.show_config(argv)
         case "ctl":
             return status.ctl(argv)
+        case "group-key":
+            from procs.cli import group_key
+
+            return group_key.main(argv)
         case "install-unit":
             from procs.cli import install_unit
 

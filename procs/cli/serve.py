@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import uuid
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +23,7 @@ from procs.cli.flags import NodeFlags
 from procs.launch import interpreter
 from shared import config as configuration
 from shared import environment, roles
+from shared import group_key as key
 from shared.config import DISCOVERY_DIR, RUNTIME_DIR_VARIABLE, SUPERVISOR_CONF, TEMPORARY_DIR, NodeConfig
 from shared.errors import NodeError
 
@@ -40,6 +42,8 @@ CPU_DEFAULTS = {
 """On a host without a GPU, for flags that were not given: what SGLang 0.5.23 needs to run there at all."""
 STOP_MARGIN_SECONDS = 15
 """Between what a process may need for its stop and supervisord's SIGKILL."""
+GROUP_PORT_OFFSET = 100
+"""From --dist-init-addr's port: SGLang 0.5.23 takes the next six for DP attention."""
 ENGINE_STOP_SECONDS = 30
 """From the keeper's SIGTERM to its SIGKILL: the agents have drained before, so the engine has nothing left to finish."""
 
@@ -104,8 +108,7 @@ def _check_files(found: NodeFlags) -> None:
     # NAME and OWNER/NAME may be on a hub; anything else that looks like a path is one.
     if model is not None and found.synthetic is None and _is_path(model) and not Path(model).exists():
         raise NodeError(f"MODEL {model}: no such directory")
-    if found.group_key_file is not None and not Path(found.group_key_file).is_file():
-        raise NodeError(f"--group-key-file {found.group_key_file}: no such file")
+    key.load(found.group_key_file)
 
 
 def _is_path(model: str) -> bool:
@@ -154,6 +157,7 @@ def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeC
         discovery = "file"
         found.worker_argv += ["--discovery-backend", discovery]
     wants_frontend = found.frontend if found.frontend is not None else discovery == "file"
+    wants_frontend = wants_frontend and _given(found, "--node-rank") in (None, "0")
     # Ports first: a wrong one is found in milliseconds, the child takes seconds.
     http_port, system_port = _ports(found, wants_frontend)
     if found.synthetic is not None:
@@ -165,8 +169,7 @@ def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeC
         worker = _check_child(request, environ)
     dynamo = msgspec.convert(worker.pop("dynamo"), configuration.Dynamo)
     roles.find(worker["role"])
-    if worker.get("nnodes", 1) > 1:
-        raise NodeError(f"--nnodes {worker['nnodes']}: this version of sgnode serves a model on one machine only")
+    found.group_port = group_port(found, worker)
     return NodeConfig(
         name=found.name,
         runtime_dir=str(directory),
@@ -175,7 +178,7 @@ def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeC
         synthetic=found.synthetic,
         dynamo=dynamo,
         agents=found.agents,
-        frontend=wants_frontend and worker.get("node_rank", 0) == 0,
+        frontend=wants_frontend,
         http_host=found.http_host,
         http_port=http_port,
         system_host=found.system_host,
@@ -186,9 +189,38 @@ def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeC
         canary_wait=found.canary_wait,
         canary_timeout=found.canary_timeout,
         group_port=found.group_port,
-        group_key_file=found.group_key_file,
+        group_key_file=None if found.group_key_file is None else str(Path(found.group_key_file).absolute()),
+        group_deadline=found.group_deadline,
+        node_id=uuid.uuid4().hex,
         **worker,
     )
+
+
+def group_port(found: NodeFlags, worker: dict[str, Any]) -> int | None:
+    """Where the nodes of a group meet; None for a node that is alone. Raises NodeError naming the flag."""
+    nnodes, rank = worker.get("nnodes", 1), worker.get("node_rank", 0)
+    if not 0 <= rank < nnodes:
+        raise NodeError(f"--node-rank {rank}: expected 0 to {nnodes - 1} with --nnodes {nnodes}")
+    if nnodes == 1:
+        return None
+    if not worker.get("dist_init_addr"):
+        raise NodeError(f"--nnodes {nnodes}: expected --dist-init-addr HOST:PORT, an address of rank 0 that every node reaches")
+    try:
+        host, dist_port = configuration.split_address(worker["dist_init_addr"])
+    except ValueError as error:
+        raise NodeError(f"--dist-init-addr: {error}") from error
+    port = dist_port + GROUP_PORT_OFFSET if found.group_port is None else found.group_port
+    if not 0 < port < 65536:
+        raise NodeError(f"--group-port: expected a port from 1 to 65535, got {port}; every node must know it")
+    if rank == 0:
+        try:
+            probe = _bound("--group-port", "--dist-init-addr", host, port)
+        except NodeError as error:
+            if str(error).startswith("--dist-init-addr"):
+                raise NodeError(f"{error}; rank 0 runs where it points to (on the others pass --node-rank)") from error
+            raise NodeError(f"--group-port {port}: in use on {host}: another leader, or another program") from error
+        probe.close()
+    return port
 
 
 def has_gpu() -> bool:
@@ -250,13 +282,19 @@ def _synthetic_worker(found: NodeFlags) -> dict[str, Any]:
     made.add_argument("--served-model-name")
     made.add_argument("--discovery-backend", default=os.environ.get("DYN_DISCOVERY_BACKEND"))
     made.add_argument("--namespace", default=os.environ.get("DYN_NAMESPACE", "dynamo"))
+    for flag, default in (("--tp-size", 1), ("--nnodes", 1), ("--node-rank", 0)):
+        made.add_argument(flag, type=int, default=default)
+    made.add_argument("--dist-init-addr")
     argv = [*(part for flag, value in found.worker_file.items() for part in (flag, str(value))), *found.worker_argv]
     known = made.parse_args(argv)
+    served = known.served_model_name or known.model_path
     return {
         "worker_argv": argv,
         "role": "aggregated",
         "model_path": known.model_path,
-        "served_model_name": known.served_model_name or known.model_path,
+        "served_model_name": served,
+        **{name: getattr(known, name) for name in ("tp_size", "nnodes", "node_rank", "dist_init_addr")},
+        "group_facts": {"model": served, "tp_size": str(known.tp_size), "nnodes": str(known.nnodes)},
         "dynamo": {"discovery_backend": known.discovery_backend, "namespace": known.namespace},
     }
 

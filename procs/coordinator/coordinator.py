@@ -16,12 +16,12 @@ from typing import Any
 import msgspec
 import zmq
 
-from procs.coordinator import crash, document
+from procs.coordinator import crash, document, group
 from procs.coordinator.conditions import Condition, waiting_for
 from procs.coordinator.engine import EngineProgram
 from procs.coordinator.hang import Hangs
-from procs.coordinator.node import Facts, NodeState, is_stuck, node_state
-from procs.coordinator.restart import RestartPolicy
+from procs.coordinator.node import ALIVE, Facts, NodeState, is_stuck, node_state
+from procs.coordinator.restart import FollowerPolicy, RestartPolicy
 from procs.coordinator.revoke import Revoker
 from shared import supervisord
 from shared.config import EVENTS_SOCKET, NodeConfig
@@ -42,6 +42,8 @@ RPC_SECONDS = 3.0
 """supervisord answers within milliseconds, or it is gone."""
 READY_STATES = (State.READY, State.DRAINING, State.DRAINED)
 """With one of these the engine has had a good life so far."""
+END_AGAIN_SECONDS = 0.5
+"""An engine whose epoch is over is told so again: its keeper may just have been starting."""
 DEAD = ("EXITED", "BACKOFF", "FATAL")
 """supervisord's states of a program that ended without being asked to."""
 CALL_ERRORS = (OSError, http.client.HTTPException, xmlrpc.client.Error)
@@ -53,13 +55,22 @@ class Coordinator:
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
         self._board = Board()
-        self._policy = RestartPolicy()
+        self._policy = RestartPolicy() if config.leads else FollowerPolicy()
         self._program = EngineProgram(self._policy, self._crashed)
         self._crashes = document.Crashes()
         self._bundling: set[asyncio.Task[None]] = set()
         self._hangs = Hangs(config.hang_timeout)
         self._revoker = Revoker(config.path)
-        self._conditions: list[Condition] = []
+        self._group = group.Group()
+        """Of its own, until it is known whether an engine of an earlier coordinator's life is there."""
+        self._conditions: list[Condition] = [lambda: self._group.unmet()]  # noqa: PLW0108 (it is replaced)
+        self._starting = False
+        """Between the decision to start the engine and supervisord's answer."""
+        self._gone = ""
+        """Why the engine is not there."""
+        self._ending: asyncio.Task[None] | None = None
+        self._restarts = 0
+        """How many restarts that persons asked for have been begun."""
         self._verdict: Verdict | None = None
         self._death: Death | None = None
         self._intent: Intent | None = None
@@ -97,9 +108,12 @@ class Coordinator:
                 if task.done():
                     task.result()  # a defect: end with its traceback, supervisord starts a new one
         finally:
+            self._group.close(leaving=self._wanted == "stop")
             revoking.cancel()
             working.cancel()
             ending.cancel()
+            if self._ending is not None:
+                self._ending.cancel()
             loop.remove_reader(hints.fileno())
             hints.close()
             states.close()
@@ -123,14 +137,16 @@ class Coordinator:
             was = None if old is None else (old.beat.waiting_for, old.beat.numbers.get("registered"))
             news = self._board.hear(frame) or was != (frame.waiting_for, frame.numbers.get("registered"))
         elif isinstance(frame, Death):
-            news = self._death is None or self._death.incarnation != frame.incarnation
-            self._death = frame
+            # The first word on a death is the one that says why: an engine that we end says only that it was.
+            news = self._death is None or self._death.incarnation < frame.incarnation
+            self._death = frame if news else self._death
         elif isinstance(frame, Verdict):
             news = self._verdict != frame
             self._verdict = frame
         else:
             return
         if news:
+            self._tell_group()
             self._changed.set()
 
     def _on_hint(self, hints: socket.socket) -> None:
@@ -142,6 +158,7 @@ class Coordinator:
                 elif change is not None and change.process == "engine":
                     self._program.state = change.state  # the only word on it while supervisord stops
                     self._say_keepers_death(change.state)
+                    self._tell_group()
                 elif change is not None and change.process in self._config.agent_names:
                     self._revoker.look.set()
                 self._changed.set()
@@ -156,6 +173,51 @@ class Coordinator:
         self._death = Death(incarnation, "keeper", pid, f"the keeper{f' (pid {pid})' if pid else ''} was killed", time.time())
         logging.error("engine %d is dead: %s", incarnation, self._death.reason)
         self._heart.publish(self._death)
+
+    # --- the group ---
+
+    def _tell_group(self) -> None:
+        self._group.set_engine(*self._engine())
+
+    def _engine(self) -> tuple[str, str]:
+        """This node's engine in the group's words, and why it is gone."""
+        program, death, engine = self._program, self._death, self._board.beat("engine")
+        if self._starting:
+            return "up", ""
+        if program.failed and (program.restart_at is None or time.monotonic() < program.restart_at):
+            return "dead", program.failed
+        if program.state not in ALIVE:
+            return "none", self._gone
+        if self._wanted == "stop" and program.state == "STOPPING":
+            return "dead", "the node is stopping"
+        if death is not None and death.incarnation >= self._incarnation > 0:
+            self._gone = death.reason
+            return "dead", death.reason
+        ready = engine is not None and engine.state == State.READY and engine.incarnation == self._incarnation
+        return "ready" if ready else "up", ""
+
+    def _epoch_over(self, reason: str, orderly: bool) -> None:
+        """This node's engine has to end now: streams first, then the process, which may wait for a dead peer for ever."""
+        stopping = self._wanted == "stop" and self._program.state == "STOPPING"  # supervisord ends it itself
+        if stopping or (self._program.state not in ALIVE and not self._starting):
+            return
+        if orderly or not self._config.leads:
+            self._program.ending(reason)
+        self._gone = reason
+        if self._death is None or self._death.incarnation < self._incarnation:
+            self._death = Death(self._incarnation, "epoch", 0, reason, time.time())
+            self._heart.publish(self._death)
+            self._tell_group()
+        if self._ending is None or self._ending.done():
+            self._ending = asyncio.get_running_loop().create_task(self._end_engine())
+
+    async def _end_engine(self) -> None:
+        """Until it is gone. A keeper that gives no sign of life can only be killed, and the engine with it."""
+        while self._program.state in ALIVE or self._starting:
+            number = "USR2" if self._board.state("keeper") != LOST else "KILL"
+            with contextlib.suppress(*CALL_ERRORS):
+                await self._call("supervisor.signalProcess", "engine", number)
+            await asyncio.sleep(END_AGAIN_SECONDS)
 
     @property
     def _incarnation(self) -> int:
@@ -177,6 +239,7 @@ class Coordinator:
         if old is not None:
             logging.info("the node shall %s%s: %s", want, " at once" if hurry else "", reason)
         self._intent = Intent(want, time.time() if old is None or old.want != want else old.since, reason, hurry)
+        self._group.set_want(want)
         self._heart.publish(self._intent)
         self._changed.set()
 
@@ -187,19 +250,31 @@ class Coordinator:
 
         The node's state would otherwise flap until each process has been heard again.
         """
-        with contextlib.suppress(*CALL_ERRORS):
-            last = json.loads(await self._call("sgnode.node"))
-            self._want(last["want"], last["want_reason"], hurry=last["hurry"])
-            if not last["incarnation"]:
-                return  # the node's first coordinator, or one before the first engine: nothing to go on with
-            self._node, self._since = NodeState(State(last["state"]), last["reason"]), last["since"]
-            self._remember(last)
-            expected = {row["name"] for row in last["processes"] if row["pid"]} & set(self._config.processes) - {"coordinator"}
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ADOPT_SECONDS):
-                    while expected - self._board.heard.keys():
-                        self._changed.clear()
-                        await self._changed.wait()
+        last = await self._last_word()
+        keeper: dict[str, Any] = next((row for row in last["processes"] if row["name"] == "keeper"), {})
+        self._program.state = str(keeper.get("supervisor", ""))
+        self._group = group.make(self._config, self._changed.set, self._epoch_over)
+        self._group.begin(last, alive=self._program.state in ALIVE)
+        self._wish(last)
+        if not last["incarnation"]:
+            return  # the node's first coordinator, or one before the first engine: nothing to go on with
+        self._node, self._since = NodeState(State(last["state"]), last["reason"]), last["since"]
+        self._remember(last)
+        expected = {row["name"] for row in last["processes"] if row["pid"]} & set(self._config.processes) - {"coordinator"}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ADOPT_SECONDS):
+                while expected - self._board.heard.keys():
+                    self._changed.clear()
+                    await self._changed.wait()
+
+    async def _last_word(self) -> dict[str, Any]:
+        """The status document that supervisord's plugin keeps. It answers also while it stops; without it we die too."""
+        while True:
+            try:
+                return dict(json.loads(await self._call("sgnode.node")))
+            except CALL_ERRORS as error:
+                logging.warning("supervisord does not answer: %s", error)
+                await asyncio.sleep(REPORT_SECONDS / 5)
 
     def _remember(self, last: dict[str, Any]) -> None:
         """The deaths before this coordinator's life count on."""
@@ -209,6 +284,7 @@ class Coordinator:
         if self._crashes.restart_at is not None:
             self._program.restart_at = self._crashes.restart_at + ahead
         self._program.failed = self._crashes.failed
+        self._restarts = last.get("restarts_begun", 0)
 
     async def _work(self) -> None:
         await self._adopt()
@@ -237,6 +313,7 @@ class Coordinator:
 
     async def _look_at_engine(self) -> None:
         if self._wanted == "stop":
+            self._tell_group()
             return
         try:
             info = await self._call("supervisor.getProcessInfo", "engine")
@@ -244,19 +321,31 @@ class Coordinator:
                 self._policy.ready(time.monotonic())
                 self._crashes.last_log = []
             due = self._program.look(info, time.monotonic(), self._death.reason if self._death else "")
+            self._tell_group()
             if due and not waiting_for(self._conditions):
-                self._program.starting()
-                # What is still on the board belongs to the life before.
-                self._board.forget("engine")
-                self._board.forget("keeper")
-                self._death = None
-                await self._call("supervisor.startProcess", "engine", False)
-                self._program.look(await self._call("supervisor.getProcessInfo", "engine"), time.monotonic(), "")
+                await self._start_engine()
         except xmlrpc.client.Fault as fault:
             if fault.faultCode == supervisord.SHUTDOWN_STATE:
                 self._want("stop", "supervisord is stopping the node", hurry=self._hurry)
             elif fault.faultCode != supervisord.ALREADY_STARTED:
                 logging.warning("starting the engine: %s", fault.faultString)
+
+    async def _start_engine(self) -> None:
+        self._program.starting()
+        # What is still on the board belongs to the life before.
+        self._board.forget("engine")
+        self._board.forget("keeper")
+        self._death, self._gone, self._starting = None, "", True
+        try:
+            self._group.starting()
+            if self._config.nnodes > 1:
+                await self._call("sgnode.start_engine")  # by its usual name it is refused to everybody
+            else:
+                await self._call("supervisor.startProcess", "engine", False)
+            self._program.look(await self._call("supervisor.getProcessInfo", "engine"), time.monotonic(), "")
+        finally:
+            self._starting = False
+            self._tell_group()
 
     def _crashed(self, why: str) -> None:
         """Keep what there is to know of a death, beside the next start."""
@@ -320,6 +409,8 @@ class Coordinator:
             drain_timeout=self._config.drain_timeout,
             held=keeper.info.get("held", "") if keeper else "",
             killed_in=self._hangs.engine_left(),
+            leader_state=self._group.leader_state,
+            progress=self._group.progress,
         )
 
     def _document(self, facts: Facts, node: NodeState) -> dict[str, Any]:
@@ -327,9 +418,10 @@ class Coordinator:
         self._crashes.deaths = [death + behind for death in self._policy.deaths]
         self._crashes.restart_at = None if at is None else at + behind
         self._crashes.failed = self._program.failed
-        return document.build(
+        built = document.build(
             self._config, self._board, facts, node, since=self._since, incarnation=self._incarnation, crashes=self._crashes
         )
+        return {**built, "epoch": self._group.epoch, "restarts_begun": self._restarts, **self._group.document()}
 
     async def _report(self) -> None:
         facts = self._facts()
@@ -345,7 +437,21 @@ class Coordinator:
             logging.info("%s", node.reason)
             self._said_streams, self._said_at = facts.streams, time.time()
         self._node = node
+        self._group.heed(facts, node)
         self._heart.set(State.READY, info={"node": node.state, "reason": node.reason or node.state})
         self._board.hear(msgspec.structs.replace(self._heart.beat, since=self._since))
         wanted = await self._call("sgnode.update", json.dumps(self._document(facts, node)))
-        self._want(wanted["want"], wanted["reason"], hurry=wanted["hurry"])
+        self._wish(wanted)
+        if (restarts := wanted.get("restarts", 0)) > self._restarts:
+            self._restarts = restarts
+            self._program.again(time.monotonic())
+            self._group.end("the engine is restarted by hand")
+            self._changed.set()
+
+    def _wish(self, wanted: dict[str, Any]) -> None:
+        """Take what the plugin keeps, or what another rank needs of a node that shall serve."""
+        wish = self._group.wish() if wanted["want"] == "serve" else ""
+        if wish:
+            self._want("drain", wish, hurry=False)
+        else:
+            self._want(wanted["want"], wanted.get("want_reason", wanted.get("reason", "")), hurry=wanted["hurry"])

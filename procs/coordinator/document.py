@@ -29,7 +29,6 @@ def build(
     config: NodeConfig, board: Board, facts: Facts, node: NodeState, *, since: float, incarnation: int, crashes: Crashes
 ) -> dict[str, Any]:
     """``since``: UNIX seconds of the node's last change of state."""
-    engine = facts.engine
     names = list(config.processes)
     if config.frontend and config.node_rank == 0:
         names.append("frontend")
@@ -44,7 +43,7 @@ def build(
         "waiting_for": node.waiting_for,
         "want": facts.want,
         "registered": facts.registered,
-        "epoch": engine.epoch if engine else 0,
+        "epoch": 0,
         "incarnation": incarnation,
         "inflight": facts.inflight,
         **asdict(crashes),

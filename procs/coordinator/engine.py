@@ -24,6 +24,8 @@ class EngineProgram:
     started: bool = False
     failed: str = ""
     restart_at: float | None = None
+    _wanted: str = ""
+    """Why it is being ended on purpose."""
     _pid: int = 0
     _ours: bool = False
     _stopped: bool = False
@@ -48,6 +50,9 @@ class EngineProgram:
             if info.get("exitstatus") == LEFT_BEHIND_EXIT:
                 self._cannot_start("processes of an engine before can't be killed; log/engine.log names them")
                 self.restart_at = now + LEFT_BEHIND_SECONDS
+            elif self._wanted:
+                self._pid, self.restart_at = 0, now
+                logging.info("the engine was ended: %s", self._wanted)
             else:
                 self._died(now, death or str(info.get("spawnerr") or f"the keeper exited with code {info.get('exitstatus')}"))
         return self.restart_at is not None and now >= self.restart_at
@@ -56,13 +61,24 @@ class EngineProgram:
         """We are about to start it. One that is dead at the next look has died once more."""
         self._ours, self.restart_at = True, None
 
+    def ending(self, why: str) -> None:
+        """Its next end is wanted: not a death."""
+        self._wanted = self._wanted or why
+
+    def again(self, now: float) -> None:
+        """A person wants it to be started: nothing that was before counts."""
+        self.policy.reset()
+        self.failed = ""
+        if self.state not in ALIVE:
+            self.restart_at = now
+
     def _new_life(self, pid: int, now: float) -> None:
         early = self._stopped or bool(self.failed) or (self.restart_at is not None and now < self.restart_at)
         # Another pid where one was alive: stopped and started between two looks, for nobody restarts the engine but us.
         if not self._ours and (self._pid or early):
             logging.info("the engine was started by hand: earlier deaths are forgotten")
             self.policy.reset()
-        self._pid, self._ours, self._stopped, self.failed, self.restart_at = pid, False, False, "", None
+        self._pid, self._ours, self._stopped, self.failed, self.restart_at, self._wanted = pid, False, False, "", None, ""
 
     def _died(self, now: float, why: str) -> None:
         self._pid = 0
@@ -73,7 +89,7 @@ class EngineProgram:
             )
         else:
             self.restart_at = now + delay
-            logging.warning("the engine died (%s), next start %s", why, f"in {delay:.0f} s" if delay else "at once")
+            logging.warning("the engine died (%s), %s", why, self.policy.words(delay))
         self.on_death(why)
 
     def _cannot_start(self, why: str) -> None:

@@ -41,6 +41,10 @@ class Facts:
     """What a dead engine's processes still hold although they were killed."""
     killed_in: float | None = None
     """Seconds until an engine that hangs is killed."""
+    leader_state: str = ""
+    """On a follower: the leader node's state, empty while it is not heard."""
+    progress: str = ""
+    """On a follower: how the leader's drain goes on."""
 
     @property
     def streams(self) -> int:
@@ -107,7 +111,8 @@ def _kill(facts: Facts) -> str:
 def _stopping(facts: Facts, alive: bool) -> NodeState:
     if not alive:
         return NodeState(State.STOPPED, "the node is stopping")
-    return NodeState(State.DRAINING, _progress(facts) or "the node is stopping", _streams(facts) or "the processes' end")
+    progress = _progress(facts) or facts.progress
+    return NodeState(State.DRAINING, progress or "the node is stopping", _streams(facts) or "the processes' end")
 
 
 def _streams(facts: Facts) -> str:
@@ -130,7 +135,7 @@ def _progress(facts: Facts) -> str:
 def _without_engine(facts: Facts) -> NodeState:
     if facts.program in ("", "STOPPED") and not facts.started:
         if facts.condition:
-            return NodeState(State.WAITING, "the engine may not start yet", facts.condition)
+            return NodeState(State.WAITING, "", facts.condition)
         return NodeState(State.STARTING, "", "the engine's start")
     if facts.program == "STOPPED":
         return NodeState(State.STOPPED, "the engine was stopped", "`sgnode restart engine`")
@@ -151,12 +156,12 @@ def _engine_says(engine: Beat) -> NodeState:
 
 
 def _with_ready_engine(facts: Facts, engine: Beat) -> NodeState:
+    if not facts.needs_agents:
+        return _follower(facts)
     if facts.want == "drain":
         if facts.registered or facts.streams or any(agent.state != State.DRAINED for agent in facts.agents):
             return NodeState(State.DRAINING, _progress(facts) or facts.why_wanted, _streams(facts) or "the agents")
         return NodeState(State.DRAINED, facts.why_wanted, "`sgnode resume`")
-    if not facts.needs_agents:
-        return NodeState(State.READY)
     verdict = facts.verdict
     if verdict is None or verdict.incarnation != engine.incarnation:
         return NodeState(State.WARMING, "the engine is ready", "the prober's first canary")
@@ -166,3 +171,12 @@ def _with_ready_engine(facts: Facts, engine: Beat) -> NodeState:
         waiting = next((agent.waiting_for for agent in facts.agents if agent.waiting_for), "")
         return NodeState(State.WARMING, "the engine is ready and healthy", waiting or "an agent's registration with Dynamo")
     return NodeState(State.READY)
+
+
+def _follower(facts: Facts) -> NodeState:
+    """Its streams are the leader's: a drain is done when the leader's is."""
+    if facts.want != "drain":
+        return NodeState(State.READY, f"the leader is {facts.leader_state}" if facts.leader_state else "")
+    if facts.leader_state == State.DRAINED:
+        return NodeState(State.DRAINED, facts.why_wanted, "`sgnode resume`")
+    return NodeState(State.DRAINING, facts.progress or facts.why_wanted, "the leader")

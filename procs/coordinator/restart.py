@@ -37,7 +37,22 @@ class RestartPolicy:
         before = len(self.deaths) - 1
         return min(BACKOFF_FIRST_SECONDS * 2 ** (before - 1), BACKOFF_MOST_SECONDS) if before else 0.0
 
+    def words(self, delay: float) -> str:
+        """When the next start is, for the log."""
+        return f"next start in {delay:.0f} s" if delay else "next start at once"
+
     def reset(self) -> None:
         """A person started the engine: nothing that was before counts."""
         self.deaths.clear()
         self._ready_since = None
+
+
+class FollowerPolicy(RestartPolicy):
+    """A follower's: back-off and crash loops are the leader's matter, the next epoch starts the engine."""
+
+    def died(self, now: float) -> float | None:
+        super().died(now)
+        return 0.0
+
+    def words(self, delay: float) -> str:
+        return "the next epoch starts it"

@@ -44,12 +44,16 @@ class SglangBackend:
 
         started = time.monotonic()
         self._incarnation = incarnation
+        if not config.leads:
+            # Otherwise SGLang stays in its constructor for as long as its schedulers live (0.5.23, engine.py).
+            os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"
         parsed = asyncio.run(parse_args(config.worker_argv))
         asyncio.set_event_loop(asyncio.new_event_loop())
         self._engine = sgl.Engine(server_args=parsed.server_args)
         self._manager = self._engine.tokenizer_manager
         server_args = parsed.use_resolved_server_args(self._engine.server_args)
-        self.facts = _facts(config, self._engine, server_args, time.monotonic() - started)
+        make = _facts if self._manager is not None else _follower_facts
+        self.facts = make(config, self._engine, server_args, time.monotonic() - started)
         self._parameters = frozenset(inspect.signature(self._engine.async_generate).parameters)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._sink: Sink | None = None
@@ -58,6 +62,9 @@ class SglangBackend:
 
     def start(self, sink: Sink, stop: Callable[[], None]) -> None:
         self._sink = sink
+        if self._manager is None:  # a follower: its schedulers are all that there is
+            _signal_handler_class(stop)
+            return
         # SGLang installs its handlers at the first request; its SIGTERM drain polls every 5 s and raises SystemExit
         # into the loop, its SIGQUIT handler blocks the loop for 5 s (facts: TokenizerManager, SignalHandler).
         self._manager.signal_handler_class = _signal_handler_class(stop)
@@ -67,6 +74,10 @@ class SglangBackend:
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def submit(self, rid: str, payload: dict[str, Any]) -> None:
+        if self._manager is None:
+            assert self._sink is not None
+            self._sink.failed(rid, Code.INVALID, "requests go to rank 0 of this group")
+            return
         unknown = payload.keys() - self._parameters
         if "routed_dp_rank" in unknown and "data_parallel_rank" in self._parameters:
             payload["data_parallel_rank"] = payload.pop("routed_dp_rank")
@@ -124,6 +135,8 @@ class SglangBackend:
     # --- controls ----------------------------------------------------------------------------------------------------
 
     async def control(self, op: str, args: dict[str, Any]) -> Any:
+        if self._manager is None:
+            raise ValueError("engine controls go to rank 0 of this group")
         if op == "flush_cache":
             answer = await self._manager.flush_cache()
             if not getattr(answer, "success", True):
@@ -209,6 +222,7 @@ def _signal_handler_class(stop: Callable[[], None]) -> type:
 def _facts(config: NodeConfig, engine: Any, server_args: Any, load_seconds: float) -> EngineFacts:
     """Facts of a built engine, with the capacity arithmetic of dynamo.sglang 1.6.1 (capacity.py, register.py)."""
     import sglang
+    from dynamo.sglang._disagg import SGLANG_WORKER_GROUP_ID_KEY, get_sglang_worker_group_id
     from dynamo.sglang.capacity import (
         get_hicache_native_offloading_capacity,
         get_spec_decode_runtime_data,
@@ -234,6 +248,8 @@ def _facts(config: NodeConfig, engine: Any, server_args: Any, load_seconds: floa
             "reject_total_overflow": bool(getattr(manager, "validate_total_tokens", False)) and not auto_truncate,
         }
     )
+    if (group := get_sglang_worker_group_id(server_args)) is not None:
+        data[SGLANG_WORKER_GROUP_ID_KEY] = json.dumps(group)
     speculative = get_spec_decode_runtime_data(server_args)
     if speculative is not None:
         data["spec_decode"] = json.dumps(speculative)
@@ -263,6 +279,34 @@ def _facts(config: NodeConfig, engine: Any, server_args: Any, load_seconds: floa
         runtime_config={"enable_eagle": True} if _is_eagle(server_args) else {},
         runtime_data=data,
         metrics_dir=metrics_dir,
+    )
+
+
+def _follower_facts(config: NodeConfig, engine: Any, server_args: Any, load_seconds: float) -> EngineFacts:
+    """A follower has no tokenizer and answers nobody: what its schedulers say, and where their metrics are."""
+    import sglang
+    from dynamo.sglang.capacity import kv_event_block_size, local_dp_rank_bounds, runtime_capacity
+
+    infos = engine._scheduler_init_result.scheduler_infos
+    start, end = local_dp_rank_bounds(server_args)
+    return EngineFacts(
+        role=config.role,
+        engine="sglang",
+        version=sglang.__version__,
+        model_path=str(server_args.model_path),
+        served_model_name=server_args.served_model_name,
+        vocab_size=0,
+        context_length=0,
+        block_size=kv_event_block_size(server_args),
+        total_kv_blocks=runtime_capacity(server_args, infos[0] if infos else {}).total_kv_blocks,
+        max_running_requests=None,
+        max_num_batched_tokens=None,
+        dp_start=start,
+        dp_size=end - start,
+        bos_token_id=None,
+        eos_token_ids=[],
+        load_seconds=load_seconds,
+        metrics_dir=os.environ.get("PROMETHEUS_MULTIPROC_DIR") if server_args.enable_metrics else None,
     )
 
 

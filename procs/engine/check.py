@@ -8,12 +8,14 @@ import argparse
 import asyncio
 import contextlib
 import difflib
+import hashlib
 import io
 import json
 import logging
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -159,6 +161,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
         "nnodes": getattr(server, "nnodes", 1),
         "node_rank": getattr(server, "node_rank", 0),
         "dist_init_addr": getattr(server, "dist_init_addr", None),
+        "group_facts": _group_facts(server),
         "dynamo": {
             "namespace": dynamo.namespace,
             "component": dynamo.component,
@@ -182,6 +185,27 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
             "engine_request_limit": getattr(dynamo, "engine_request_limit", None),
         },
     }
+
+
+ALIKE = (
+    "tp_size", "pp_size", "dp_size", "ep_size", "attn_dp_size", "enable_dp_attention", "nnodes", "dtype", "quantization",
+    "kv_cache_dtype", "page_size", "context_length", "attention_backend", "speculative_algorithm", "disaggregation_mode",
+)  # fmt: skip
+"""SGLang's arguments that are the same on every rank: otherwise the ranks wait for each other for ever, or answer nonsense."""
+
+
+def _group_facts(server: Any) -> dict[str, str]:
+    """What the nodes of a group compare before they start."""
+    import sglang
+
+    found = {name: str(getattr(server, name)) for name in ALIKE if hasattr(server, name)}
+    found["SGLang"] = sglang.__version__
+    found["model"] = str(server.served_model_name)
+    config = Path(str(server.model_path)) / "config.json"
+    # The same model may be in another directory on another host.
+    known = config.is_file()
+    found["model's config.json"] = hashlib.sha256(config.read_bytes()).hexdigest()[:12] if known else str(server.model_path)
+    return found
 
 
 def _role(server: Any, dynamo: Any) -> str:

@@ -13,6 +13,7 @@ import zmq
 
 from procs.keeper import child, gpu, leftovers, life, stopped, tree
 from procs.keeper.cgroup import Cgroup
+from procs.keeper.life import Life
 from shared.config import NodeConfig
 from shared.frames import Beat, Death, EngineState
 from shared.heart import Heart
@@ -32,7 +33,9 @@ REAP_MARGIN_SECONDS = 5.0
 KILL_AGAIN_SECONDS = 0.05
 KILL_SIGNAL = signal.SIGUSR1
 """To the keeper: the engine shall die now. From the coordinator when it hangs, from the kernel when supervisord is gone."""
-OURS = {signal.SIGTERM, signal.SIGINT, KILL_SIGNAL}
+EPOCH_SIGNAL = signal.SIGUSR2
+"""To the keeper, from the coordinator: the engine shall die now, its group's epoch is over and its peers may never answer."""
+OURS = {signal.SIGTERM, signal.SIGINT, KILL_SIGNAL, EPOCH_SIGNAL}
 HELD_SECONDS = 20.0
 """A killed process that is still there, or GPU memory that is still taken, after so long is told as a failure of the host."""
 
@@ -83,7 +86,7 @@ def keep(config: NodeConfig, command: Sequence[str], stop_wait: float) -> int:
     pid = child.start(command, {**os.environ, **own.environment(runtime_dir)}, cgroup)
     logging.info("engine %d: pid %d%s", own.incarnation, pid, "" if cgroup is None else ", with its own cgroup")
     try:
-        return asyncio.run(Keeper(config, own.incarnation, pid, cgroup, stop_wait, parent).run())
+        return asyncio.run(Keeper(config, own, pid, cgroup, stop_wait, parent).run())
     finally:
         if cgroup is not None:
             cgroup.remove()
@@ -94,10 +97,11 @@ class Keeper:
     """One engine's life, from its start to the last of its processes."""
 
     def __init__(
-        self, config: NodeConfig, incarnation: int, engine_pid: int, cgroup: Cgroup | None, stop_wait: float, parent: int
+        self, config: NodeConfig, own: Life, engine_pid: int, cgroup: Cgroup | None, stop_wait: float, parent: int
     ) -> None:
         self._config = config
-        self._incarnation = incarnation
+        self._incarnation = own.incarnation
+        self._epoch = own.epoch
         self._engine = engine_pid
         self._cgroup = cgroup
         self._stop_wait = stop_wait
@@ -120,9 +124,10 @@ class Keeper:
         loop.add_signal_handler(signal.SIGINT, self._stop_asked.set)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         loop.add_signal_handler(KILL_SIGNAL, self._kill_asked)
+        loop.add_signal_handler(EPOCH_SIGNAL, self._kill, "its epoch is over")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OURS)
         self._watch(self._engine)
-        self._heart = Heart(self._config.path, "keeper", incarnation=self._incarnation)
+        self._heart = Heart(self._config.path, "keeper", incarnation=self._incarnation, epoch=self._epoch)
         self._heart.repeat = lambda: [] if self._death is None else [self._death]
         self._heart.start()
         self._heart.set(State.READY, info={"engine_pid": str(self._engine)})
@@ -240,8 +245,10 @@ class Keeper:
 
     def _kill_asked(self) -> None:
         """KILL_SIGNAL: end the engine without a word to it; whoever waits for its tokens is told."""
+        self._kill("supervisord is gone" if os.getppid() != self._parent else "it hangs")
+
+    def _kill(self, why: str) -> None:
         if self._death is None:
-            why = "supervisord is gone" if os.getppid() != self._parent else "it hangs"
             logging.error("the engine is killed: %s", why)
             self._say_death("engine", self._engine, "", why)
 

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared import epoch
 from shared.config import INCARNATION_FILE, RUNTIME_DIR_VARIABLE, TEMPORARY_DIR
 
 INCARNATION_VARIABLE = "SGNODE_INCARNATION"
@@ -17,6 +18,8 @@ class Life:
     """``tmp`` is the engine's TMPDIR: SGLang leaves named files there (sockets, metrics) when it is killed."""
 
     incarnation: int
+    epoch: int
+    """The group's epoch that the coordinator starts it for; 0 without a group."""
     tmp: Path
 
     @property
@@ -28,7 +31,7 @@ class Life:
         return {
             RUNTIME_DIR_VARIABLE: str(runtime_dir),
             INCARNATION_VARIABLE: str(self.incarnation),
-            "SGNODE_EPOCH": "0",
+            "SGNODE_EPOCH": str(self.epoch),
             "TMPDIR": str(self.tmp),
             "PROMETHEUS_MULTIPROC_DIR": str(self.metrics),
             # setproctitle 1.3 writes titles over /proc/PID/environ unless told not to, and the mark would be gone.
@@ -55,6 +58,6 @@ def begin(runtime_dir: Path) -> Life:
         for old in root.iterdir():
             if old.name.isdigit():
                 shutil.rmtree(old, ignore_errors=True)
-    life = Life(incarnation, root / str(incarnation))
+    life = Life(incarnation, epoch.load(runtime_dir).epoch, root / str(incarnation))
     life.metrics.mkdir(parents=True, mode=0o700)
     return life

@@ -5,9 +5,14 @@ from typing import Any
 from supervisor.rpcinterface import SupervisorNamespaceRPCInterface
 from supervisor.xmlrpc import Faults, RPCError
 
+from shared.config import NodeConfig
+
 ENGINE = "engine"
+LEADERS = ("agent", "frontend")
+"""Programs that rank 0 alone has."""
 STOP_ALL = "it would cut every running stream. Type `sgnode stop` (it drains first), `sgnode stop --now`, or `shutdown` in here"
 STOP_ENGINE = "it would cut every running stream. Type `sgnode restart engine` (it drains first), or `sgnode drain` before this"
+GROUP = "the engines of a group start and stop together. Type `sgnode restart engine` on rank 0 (it drains), or `sgnode stop`"
 RELOAD = "it would restart the whole node. Type `update` to take up a changed supervisor.conf, or `sgnode restart`"
 
 
@@ -46,6 +51,44 @@ class GuardedRPC(SupervisorNamespaceRPCInterface):  # type: ignore[misc]
         self._look(name)
         return super().stopProcessGroup(name, wait)
 
+    def startProcess(self, name: str, wait: bool = True) -> Any:
+        """Start a process; in a group the engine is started by the coordinator alone
+
+        @param string name         Process name (or group:name, or group:*)
+        @param boolean wait        Wait for process to be fully started
+        @return boolean result     Always true unless error
+        """
+        self._look_at_start(name.partition(":")[0])
+        return super().startProcess(name, wait)
+
+    def startProcessGroup(self, name: str, wait: bool = True) -> Any:
+        """Start all processes in the group named 'name'
+
+        @param string name     The group name
+        @param boolean wait    Wait for each process to be fully started
+        @return array result   An array of process status info structs
+        """
+        self._look_at_start(name)
+        return super().startProcessGroup(name, wait)
+
+    def startAllProcesses(self, wait: bool = True) -> Any:
+        """Start all processes; refused in a group, whose engines start together
+
+        @param boolean wait    Wait for each process to be fully started
+        @return array result   An array of process status info structs
+        """
+        if self._config is not None and self._config.nnodes > 1:
+            raise _refuse("`start all`", GROUP)
+        return super().startAllProcesses(wait)
+
+    def shutdown(self) -> Any:
+        """Stop the node: as SIGTERM does
+
+        @return boolean result always returns True unless error
+        """
+        plugin = self._plugin
+        return True if plugin is not None and plugin.hold() else super().shutdown()
+
     def restart(self) -> Any:
         """Refused: supervisord would start over with everything
 
@@ -53,8 +96,28 @@ class GuardedRPC(SupervisorNamespaceRPCInterface):  # type: ignore[misc]
         """
         raise _refuse("`reload`", RELOAD)
 
-    def _look(self, group: str) -> None:
+    @property
+    def _plugin(self) -> Any:
         # Set by the plugin, which the same supervisord loads beside this.
-        plugin = getattr(self.supervisord, "sgnode", None)
-        if group == ENGINE and plugin is not None and plugin.serves:
+        return getattr(self.supervisord, "sgnode", None)
+
+    @property
+    def _config(self) -> NodeConfig | None:
+        return None if self._plugin is None else self._plugin.config
+
+    def _look(self, group: str) -> None:
+        config = self._config
+        if group == ENGINE and config is not None and config.nnodes > 1:
+            raise _refuse("`stop engine`", GROUP)
+        if group == ENGINE and self._plugin is not None and self._plugin.serves:
             raise _refuse("`stop engine`", STOP_ENGINE)
+
+    def _look_at_start(self, group: str) -> None:
+        config = self._config
+        if config is None or config.nnodes == 1:
+            return
+        if group == ENGINE:
+            raise _refuse("`start engine`", GROUP)
+        if group in LEADERS and not config.leads:
+            where = f"rank 0 ({config.dist_init_addr}) has it; this is rank {config.node_rank} of {config.nnodes}"
+            raise _refuse(f"`start {group}`", f"{where}. Type it there")

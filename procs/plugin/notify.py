@@ -79,6 +79,8 @@ def status_line(document: Mapping[str, Any]) -> str:
     state, reason, waiting = (" ".join(str(document.get(key, "")).split()) for key in ("state", "reason", "waiting_for"))
     if state == "ready" and not reason:
         reason = f"serving {document['model']}" if document.get("model") else ""
+    if state == "waiting" and not reason:
+        reason, waiting = waiting, ""
     said = reason if reason.startswith(f"{state}:") else ": ".join(part for part in (state, reason) if part)
     line = "; ".join(part for part in (said, f"waiting for {waiting}" if waiting else "") if part)
     return line if len(line) <= LINE_LENGTH else line[: LINE_LENGTH - 1] + "…"

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from supervisor import events
 from supervisor.options import make_namespec
+from supervisor.rpcinterface import SupervisorNamespaceRPCInterface
 from supervisor.states import SupervisorStates, getProcessStateDescription
 from supervisor.xmlrpc import Faults, RPCError
 
@@ -32,6 +33,8 @@ STILL_ALIVE = (events.ProcessStateRunningEvent, events.ProcessStateStoppingEvent
 """After these a process may go on with its last line of output."""
 AGENTS = "agent"
 """The group of programs whose streams a drain waits for."""
+HOLD_MARGIN_SECONDS = 10.0
+"""On top of drain grace and timeout, for the leader to say that it has drained."""
 HURRIED_STOP_SECONDS = 5
 """From a program's SIGTERM to its SIGKILL once a fast stop is asked for: nothing is waited for any more."""
 
@@ -42,13 +45,15 @@ class Plugin:
     def __init__(self, supervisord: Any, config: NodeConfig) -> None:
         self._supervisord = supervisord
         self._options = supervisord.options
-        self._config = config
+        self.config = config
+        self._hold_until: float | None = None
+        """A follower's stop waits so long for the leader's drain (monotonic seconds)."""
         self._document = facts.empty_document(config)
         self._heard: float | None = None
         self._wants = Wants()
         self._starts: Counter[str] = Counter()
         self._notify = Notify()
-        self._wakeup = Wakeup(self._options, lambda: self._notify.round(stopping=self._is_stopping))
+        self._wakeup = Wakeup(self._options, self._round)
         self._journal: Journal | None = None
         self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         events.subscribe(events.ProcessStateEvent, self._process_changed)
@@ -73,6 +78,8 @@ class Plugin:
             self._document = document
             self._heard = time.monotonic()
             self._tell_systemd()
+            if self._hold_until is not None and not document.get("holds_stop"):
+                self._release("the leader has drained")
         return self._wants.plain()
 
     def node(self) -> str:
@@ -81,7 +88,7 @@ class Plugin:
         @return string result    JSON object
         """
         age = None if self._heard is None else time.monotonic() - self._heard
-        document = facts.merge(self._document, age, self._processes(), self._is_stopping)
+        document = facts.merge(self._document, age, self._processes(), self._ending)
         wants = self._wants
         return json.dumps({**document, "want": wants.want, "want_reason": wants.reason, "hurry": wants.hurry})
 
@@ -94,7 +101,7 @@ class Plugin:
         """
         if want not in (SERVE, DRAIN):
             raise RPCError(Faults.INCORRECT_PARAMETERS, f"want: expected {SERVE!r} or {DRAIN!r}, got {want!r}")
-        if self._is_stopping:
+        if self._ending:
             raise RPCError(Faults.FAILED, "the node is stopping; that can't be taken back")
         changed = self._wants.change(want, reason)
         if changed:
@@ -109,6 +116,7 @@ class Plugin:
         if self._wants.want == SERVE and not self._is_stopping:
             return False
         self._wants.hurry = True
+        self._release("at once")
         for group in self._supervisord.process_groups.values():
             for process in group.processes.values():
                 if group.config.name != ENGINE:  # its keeper has counted on the time
@@ -120,12 +128,61 @@ class Plugin:
         self._tell_coordinator(SUPERVISORD, "STOPPING" if self._is_stopping else "RUNNING", os.getpid())
         return True
 
+    def start_engine(self) -> bool:
+        """Start the engine, for the coordinator of a group: it knows the epoch
+
+        @return boolean result   True
+        """
+        return bool(SupervisorNamespaceRPCInterface(self._supervisord).startProcess(ENGINE, False))
+
+    def restart_engine(self) -> bool:
+        """Restart the engines of the group, on rank 0; earlier deaths are forgotten
+
+        @return boolean result   True
+        """
+        if self.config.nnodes == 1 or not self.config.leads:
+            raise RPCError(Faults.FAILED, "only rank 0 of a group restarts its engines together")
+        self._wants.restarts += 1
+        self._tell_coordinator(SUPERVISORD, "RUNNING", os.getpid())
+        return True
+
     @property
     def serves(self) -> bool:
         """Streams may be running, or come: an end of the engine would cut them."""
         document = self._document
         # The engine's own count is half a second old at worst: agents that are all drained know better.
         return bool(document.get("registered") or (document.get("inflight") and document.get("state") != "drained"))
+
+    # --- a follower's stop ---
+
+    def hold(self) -> bool:
+        """Begin the stop of a follower: the leader drains first. False when nothing has to be waited for."""
+        if self.config.leads or self._ending or not self._document.get("holds_stop"):
+            return False
+        bound = self.config.drain_grace + self.config.drain_timeout + HOLD_MARGIN_SECONDS
+        self._hold_until = time.monotonic() + bound
+        self._options.logger.info(f"the leader is asked to drain before this node stops, at most {bound:.0f} s")
+        self._wants.change(STOP, "this node is stopping")
+        self._notify.stopping()
+        self._tell_coordinator(SUPERVISORD, "RUNNING", os.getpid())
+        return True
+
+    def _release(self, why: str) -> None:
+        if self._hold_until is not None:
+            self._hold_until = None
+            self._options.logger.info(f"this node stops now: {why}")
+            self._options.signal_receiver.receive(signal.SIGTERM, None)
+            self._wakeup.poke()
+
+    def _round(self) -> None:
+        """In each round of supervisord's loop."""
+        self._notify.round(stopping=self._ending)
+        if self._hold_until is not None and time.monotonic() > self._hold_until:
+            self._release("the leader has not drained in time")
+
+    @property
+    def _ending(self) -> bool:
+        return self._is_stopping or self._hold_until is not None
 
     # --- inside ---
 
@@ -166,12 +223,14 @@ class Plugin:
         signal.signal(signal.SIGHUP, lambda _number, frame: receive(signal.SIGTERM, frame))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop_signal)
-        atexit.register(_remove_runtime, self._config, os.getpid())
+        atexit.register(_remove_runtime, self.config, os.getpid())
 
     def _stop_signal(self, number: int, frame: Any) -> None:
         """The first begins the stop; supervisor 4.3 ignores every further one, which means a fast stop to everybody else."""
-        if self._is_stopping and not self._wants.hurry:
+        if self._ending and not self._wants.hurry:
             self.hurry()
+        elif self.hold():
+            return
         self._options.signal_receiver.receive(number, frame)
 
     def _stopping(self, _event: Any) -> None:
@@ -184,12 +243,12 @@ class Plugin:
             self._journal.take(_name_of(event.process), event.pid, event.data)
 
     def _tell_systemd(self) -> None:
-        self._notify.report(self._document, stopping=self._is_stopping)
+        self._notify.report(self._document, stopping=self._ending)
 
     def _tell_coordinator(self, name: str, state: str, pid: int) -> None:
         frame = msgspec.msgpack.encode(ProcessChange(name, state, pid))
         with contextlib.suppress(OSError):  # not there or behind: it asks every second anyway
-            self._events.sendto(frame, str(self._config.path / EVENTS_SOCKET))
+            self._events.sendto(frame, str(self.config.path / EVENTS_SOCKET))
 
 
 def _name_of(process: Any) -> str:

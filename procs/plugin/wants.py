@@ -15,6 +15,8 @@ class Wants:
     reason: str = ""
     since: float = field(default_factory=time.time)
     hurry: bool = False
+    restarts: int = 0
+    """How many restarts of the engine persons have asked for (a group's engines restart together)."""
 
     def change(self, want: str, reason: str) -> bool:
         """Take a new wish; True when it is another one. A stop is never taken back."""
