@@ -237,8 +237,8 @@ class Member(Frame, tag="Member"):
     """All that a follower has to say, twice a second and at each change: one that is lost is made good by the next.
 
     ``life``: of this coordinator; ``node``: of its node, the same in each life of the coordinator; ``number`` counts from 1 in a
-    life. ``leader`` and ``heard``: life and number of the newest Epoch frame that it took. ``group`` and ``epoch``: the one that its
-    engine was last started for. ``engine``: ``none`` (no process is left), ``up``, ``ready``, ``dead`` (being cleared away);
+    life. ``leader`` and ``heard``: life and number of the newest Epoch frame that it took. ``group`` and ``epoch``: the one that
+    its engine was last started for. ``engine``: ``none`` (no process is left), ``up``, ``ready``, ``dead`` (being cleared away);
     ``reason``: why it is gone. ``want`` as in Intent. ``clock``: UNIX seconds. ``facts``: what must be alike on every rank.
     """
 

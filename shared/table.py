@@ -32,7 +32,9 @@ def render(document: Mapping[str, Any], now: float | None = None) -> str:
     if document.get("reason"):
         lines.append(f"  {document['reason']}")
     if document.get("waiting_for"):
-        lines.append(f"  waiting for {document['waiting_for']}")
+        # A node that has not begun does nothing but wait.
+        only = document.get("state") == "waiting" and not document.get("reason")
+        lines.append(f"  {'' if only else 'waiting for '}{document['waiting_for']}")
     lines.extend(_group(document))
     if document.get("stale_s"):
         lines.append(f"  as of {span(document['stale_s'])} ago: the coordinator is not reporting")

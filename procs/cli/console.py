@@ -59,6 +59,8 @@ def details(status: dict[str, Any]) -> str:
     draining = next((row["detail"] for row in rows if str(row.get("detail", "")).startswith("draining:")), "")
     reason = draining.removeprefix("draining: ") or status.get("reason", "")
     waiting = status.get("waiting_for", "")
+    if status.get("state") == State.WAITING and not reason:
+        return str(waiting)
     return f"{reason}{'; ' if reason and waiting else ''}{f'waiting for {waiting}' if waiting else ''}"
 
 

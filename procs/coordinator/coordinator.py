@@ -213,7 +213,8 @@ class Coordinator:
 
     async def _end_engine(self) -> None:
         """Until it is gone. A keeper that gives no sign of life can only be killed, and the engine with it."""
-        while self._program.state in ALIVE or self._starting:
+        epoch = self._group.epoch
+        while (self._program.state in ALIVE or self._starting) and self._group.epoch == epoch:
             number = "USR2" if self._board.state("keeper") != LOST else "KILL"
             with contextlib.suppress(*CALL_ERRORS):
                 await self._call("supervisor.signalProcess", "engine", number)

@@ -7,6 +7,7 @@ from typing import Any
 
 from supervisor.supervisorctl import ControllerPluginBase, LSBInitExitStatuses, LSBStatusExitStatuses
 
+from procs.plugin.guard import start_refusal
 from shared import config, rolling
 from shared.errors import NodeError
 from shared.table import render
@@ -32,7 +33,7 @@ class NodeCommands(ControllerPluginBase):  # type: ignore[misc]
         super().__init__(controller)
         stock = controller.options.plugins[0]
         for command in WHOLE_GROUP:
-            setattr(controller, f"do_{command}", self._for_group(getattr(stock, f"do_{command}")))
+            setattr(controller, f"do_{command}", self._for_group(command, getattr(stock, f"do_{command}")))
         for command in ONE_BY_ONE:
             setattr(controller, f"do_{command}", self._for_each(getattr(stock, f"do_{command}")))
         controller.do_restart = self._restart(stock.do_restart)
@@ -92,12 +93,25 @@ class NodeCommands(ControllerPluginBase):  # type: ignore[misc]
         self.ctl.exitstatus = LSBInitExitStatuses.GENERIC
         return False
 
-    def _for_group(self, stock: Callable[[str], Any]) -> Callable[[str], Any]:
+    def _for_group(self, command: str, stock: Callable[[str], Any]) -> Callable[[str], Any]:
         def run(arg: str) -> None:
+            if command == "start" and arg:
+                # supervisorctl 4.3 knows no words for a start that is refused.
+                arg = " ".join(word for word in arg.split() if not self._refused(word))
+                if not arg:
+                    return
             words = " ".join(f"{GROUP}:*" if word == GROUP else word for word in arg.split())
             self._tried(lambda: stock(words))
 
         return run
+
+    def _refused(self, name: str) -> bool:
+        """Say why this rank does not start a program, and what to type instead."""
+        why = start_refusal(config.load(self._directory), name.partition(":")[0])
+        if why:
+            self.ctl.output(f"{name}: refused: {why}")
+            self.ctl.exitstatus = LSBInitExitStatuses.GENERIC
+        return bool(why)
 
     def _for_each(self, stock: Callable[[str], Any]) -> Callable[[str], Any]:
         def run(arg: str) -> Any:

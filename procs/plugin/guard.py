@@ -16,6 +16,16 @@ GROUP = "the engines of a group start and stop together. Type `sgnode restart en
 RELOAD = "it would restart the whole node. Type `update` to take up a changed supervisor.conf, or `sgnode restart`"
 
 
+def start_refusal(config: NodeConfig, group: str) -> str:
+    """Why this rank of a group doesn't start a program by hand, and what to type instead; empty when it does."""
+    if config.nnodes > 1 and group == ENGINE:
+        return GROUP
+    if group in LEADERS and not config.leads:
+        where = f"rank 0 ({config.dist_init_addr}) has it; this is rank {config.node_rank} of {config.nnodes}"
+        return f"{where}. Type it there"
+    return ""
+
+
 def _refuse(what: str, why: str) -> RPCError:
     return RPCError(Faults.FAILED, f"{what} is refused: {why}")
 
@@ -113,11 +123,5 @@ class GuardedRPC(SupervisorNamespaceRPCInterface):  # type: ignore[misc]
             raise _refuse("`stop engine`", STOP_ENGINE)
 
     def _look_at_start(self, group: str) -> None:
-        config = self._config
-        if config is None or config.nnodes == 1:
-            return
-        if group == ENGINE:
-            raise _refuse("`start engine`", GROUP)
-        if group in LEADERS and not config.leads:
-            where = f"rank 0 ({config.dist_init_addr}) has it; this is rank {config.node_rank} of {config.nnodes}"
-            raise _refuse(f"`start {group}`", f"{where}. Type it there")
+        if self._config is not None and (why := start_refusal(self._config, group)):
+            raise _refuse(f"`start {group}`", why)

@@ -72,6 +72,8 @@ class Following(Group):
         if trouble and trouble != self._follower.trouble:
             logging.error("the leader at %s: %s", self._follower.place, trouble)
         self._follower.trouble = trouble
+        if not trouble:
+            self._say()  # connected just now
 
     def _look(self, now: float) -> None:
         if over := self._follower.over(now):
