@@ -80,6 +80,8 @@ def drain(directory: Path, reason: str, seconds: float, say: Say) -> None:
             raise NodeError("the drain was taken back" if status["want"] == "serve" else "the node is stopping")
         if status["state"] == State.DRAINED:
             return True
+        if status.get("node_rank"):
+            return bool(status["state"] == State.WAITING)  # its streams are the leader's; without an engine it has none
         # A node without a ready engine does not call itself drained, but its agents do.
         agents = [row for row in status["processes"] if row["name"].startswith(AGENT) and row["pid"]]
         return not status["registered"] and not status["inflight"] and all(row["state"] == State.DRAINED for row in agents)

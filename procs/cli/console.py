@@ -23,6 +23,9 @@ STILL_SECONDS = 10.0
 def usage(config: NodeConfig) -> str:
     """The URL and a curl line that works as pasted."""
     system = _url(config.system_host, config.system_port)
+    if not config.leads:
+        where = f"rank {config.node_rank} of {config.nnodes}, rank 0 at {config.dist_init_addr} takes the requests"
+        return f"the engine is up: {where}; health and metrics: {system}/health {system}/metrics"
     if not config.frontend:
         return f"serving {config.served_model_name} to the cluster; health and metrics: {system}/health {system}/metrics"
     url = _url(config.http_host, config.http_port)

@@ -201,10 +201,10 @@ class Coordinator:
         stopping = self._wanted == "stop" and self._program.state == "STOPPING"  # supervisord ends it itself
         if stopping or (self._program.state not in ALIVE and not self._starting):
             return
-        if orderly or not self._config.leads:
-            self._program.ending(reason)
-        self._gone = reason
         if self._death is None or self._death.incarnation < self._incarnation:
+            if orderly or not self._config.leads:
+                self._program.ending(reason)  # nothing has failed here; what has is the leader's to count
+            self._gone = reason
             self._death = Death(self._incarnation, "epoch", 0, reason, time.time())
             self._heart.publish(self._death)
             self._tell_group()

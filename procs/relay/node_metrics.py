@@ -10,7 +10,7 @@ from shared.state import LOST, Board, State
 
 STATES = (*State, LOST)
 KEY = re.compile(r"[a-z][a-z0-9_]*")
-TAKEN = ("process_state", "incarnation", "kv_used_blocks", "kv_total_blocks")
+TAKEN = ("process_state", "incarnation", "epoch", "kv_used_blocks", "kv_total_blocks")
 
 
 def render(config: NodeConfig, board: Board, use: dict[int, KvUse]) -> str:
@@ -20,6 +20,7 @@ def render(config: NodeConfig, board: Board, use: dict[int, KvUse]) -> str:
         "sgnode_process_state", "1 for the state a process is in, 0 for the others", ["process", "state"], registry=registry
     )
     incarnation = Gauge("sgnode_incarnation", "Life of the engine, counted from the node's start", registry=registry)
+    epoch = Gauge("sgnode_epoch", "Start of the group of nodes that the engine belongs to; 0 without a group", registry=registry)
     gauges: dict[str, Gauge] = {}
     for name in config.processes:
         now = board.state(name)
@@ -34,6 +35,7 @@ def render(config: NodeConfig, board: Board, use: dict[int, KvUse]) -> str:
             gauges[key].labels(name).set(value)
     keeper = board.beat("keeper")
     incarnation.set(keeper.incarnation if keeper else 0)
+    epoch.set(keeper.epoch if keeper else 0)
     if use:
         used = Gauge("sgnode_kv_used_blocks", "KV blocks in use", ["dp_rank"], registry=registry)
         total = Gauge("sgnode_kv_total_blocks", "KV blocks there are", ["dp_rank"], registry=registry)

@@ -62,6 +62,8 @@ class Following(Group):
         was = follower.said
         follower.hear(frame, now)
         self._look(now)
+        if was is None or (was.state, was.progress) != (frame.state, frame.progress):
+            self._on_change()
         if was is None or (was.life, was.epoch, was.open) != (frame.life, frame.epoch, frame.open):
             logging.info(
                 "epoch %d is %s", frame.epoch, "open" if frame.open else f"over: {frame.reason}" if frame.reason else "not open"

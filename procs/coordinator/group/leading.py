@@ -165,9 +165,12 @@ class Leading(Group):
         self._stopping = want == "stop"
 
     def heed(self, facts: Facts, node: NodeState) -> None:
+        changed = node.state != self._state
         self._state, self._progress = node.state, node.reason if node.state == State.DRAINING else ""
         self._waiting_for = ": ".join(part for part in ("the leader", node.reason, node.waiting_for) if part)
         self._workers = [agent.info["worker_id"] for agent in facts.agents if agent.numbers.get("registered")]
+        if changed:
+            self._say(time.monotonic())
         wishing = self._leader.wish(time.monotonic())
         drained = facts.want != "serve" and not facts.registered and not facts.streams
         if wishing is None or wishing[1].want != "stop" or not self._leader.open or not drained:
