@@ -112,7 +112,8 @@ def _stopping(facts: Facts, alive: bool) -> NodeState:
     if not alive:
         return NodeState(State.STOPPED, "the node is stopping")
     progress = _progress(facts) or facts.progress
-    return NodeState(State.DRAINING, progress or "the node is stopping", _streams(facts) or "the processes' end")
+    rest = "the leader's drain" if facts.progress else "the processes' end"
+    return NodeState(State.DRAINING, progress or "the node is stopping", _streams(facts) or rest)
 
 
 def _streams(facts: Facts) -> str:
