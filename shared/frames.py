@@ -264,7 +264,7 @@ class Epoch(Frame, tag="Epoch"):
 
     ``group`` is made at the leader node's start, ``epoch`` counts its epochs; ``open``: engines of it shall run. ``orderly``: it
     was ended on purpose, nothing has failed. ``reason``: why it is over. ``waiting_for``: what the next one waits for. ``state``
-    and ``progress`` are the leader node's, for an operator's eyes; ``workers``: worker ids of its agents that are in discovery.
+    and ``progress`` are the leader node's, for an operator's eyes; ``workers``: worker ids of its agents.
     """
 
     protocol: int

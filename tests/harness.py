@@ -93,6 +93,8 @@ class Node:
         self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(self.root), **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self.console = self.root / "console"
+        self.address = "127.0.0.1"
+        """Where its HTTP ports are reached from here."""
         self.program = [SGNODE]
         """What is run as `sgnode`; another virtual environment's, in a test of upgrades."""
 
@@ -137,7 +139,7 @@ class Node:
         if not port:
             return True
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://{self.address}:{port}/v1/models", timeout=5) as answer:
                 return bool(json.load(answer)["data"])
         except OSError:
             return False
@@ -199,18 +201,18 @@ class Node:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.status()['ports']['http']}"
+        return f"http://{self.address}:{self.status()['ports']['http']}"
 
     @property
     def system_url(self) -> str:
-        return f"http://127.0.0.1:{self.status()['ports']['system']}"
+        return f"http://{self.address}:{self.status()['ports']['system']}"
 
     def logs(self, lines: int = 25) -> str:
         """The end of every log, for a failing test's message."""
         texts = []
         for path in [self.console, *sorted((self.runtime_dir / "log").glob("*.log"))]:
             if path.exists():
-                tail = path.read_text(errors="replace").splitlines()[-lines:]
+                tail = [line[:300] for line in path.read_text(errors="replace").splitlines()[-lines:]]
                 texts.append(f"--- {path.name}\n" + "\n".join(tail))
         return "\n".join(texts)
 

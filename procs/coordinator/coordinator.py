@@ -439,7 +439,8 @@ class Coordinator:
             self._said_streams, self._said_at = facts.streams, time.time()
         self._node = node
         self._group.heed(facts, node)
-        self._heart.set(State.READY, info={"node": node.state, "reason": node.reason or node.state})
+        workers = self._group.workers(facts)
+        self._heart.set(State.READY, info={"node": node.state, "reason": node.reason or node.state, "workers": ",".join(workers)})
         self._board.hear(msgspec.structs.replace(self._heart.beat, since=self._since))
         wanted = await self._call("sgnode.update", json.dumps(self._document(facts, node)))
         self._wish(wanted)

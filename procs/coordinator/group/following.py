@@ -14,6 +14,7 @@ from procs.coordinator.group.group import BEAT_SECONDS, TICK_SECONDS, Group, Ove
 from procs.coordinator.group.leader import RUNS
 from procs.coordinator.group.leading import host_name
 from procs.coordinator.group.link import FollowerLink
+from procs.coordinator.node import Facts
 from shared import epoch
 from shared import group_key as key
 from shared.config import NodeConfig
@@ -123,6 +124,9 @@ class Following(Group):
         if said is None or not said.open or not follower.in_contact(time.monotonic()):
             return False
         return (said.group, said.epoch) == (follower.ran.group, follower.ran.epoch) and follower.engine in RUNS
+
+    def workers(self, facts: Facts) -> list[str]:
+        return [] if self._follower.said is None else self._follower.said.workers
 
     @property
     def progress(self) -> str:

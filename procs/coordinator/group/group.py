@@ -44,6 +44,10 @@ class Group:
     def heed(self, facts: Facts, node: NodeState) -> None:
         """How the node is, at each report."""
 
+    def workers(self, facts: Facts) -> list[str]:
+        """Worker ids of the agents in front of this engine: KV events of every rank are published under them."""
+        return sorted(agent.info["worker_id"] for agent in facts.agents if "worker_id" in agent.info)
+
     def wish(self) -> str:
         """Why this node shall drain for the sake of another; empty when it needn't."""
         return ""

@@ -168,7 +168,7 @@ class Leading(Group):
         changed = node.state != self._state
         self._state, self._progress = node.state, node.reason if node.state == State.DRAINING else ""
         self._waiting_for = ": ".join(part for part in ("the leader", node.reason, node.waiting_for) if part)
-        self._workers = [agent.info["worker_id"] for agent in facts.agents if agent.numbers.get("registered")]
+        self._workers = self.workers(facts)
         if changed:
             self._say(time.monotonic())
         wishing = self._leader.wish(time.monotonic())
