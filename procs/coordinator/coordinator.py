@@ -201,6 +201,7 @@ class Coordinator:
         stopping = self._wanted == "stop" and self._program.state == "STOPPING"  # supervisord ends it itself
         if stopping or (self._program.state not in ALIVE and not self._starting):
             return
+        reason = f"epoch {self._group.epoch} is over: {reason}"
         if self._death is None or self._death.incarnation < self._incarnation:
             if orderly or not self._config.leads:
                 self._program.ending(reason)  # nothing has failed here; what has is the leader's to count

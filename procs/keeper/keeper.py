@@ -114,6 +114,8 @@ class Keeper:
         self._childless = False
         self._engine_state: str = State.STARTING
         self._death: Death | None = None
+        self._epoch_ended = False
+        """It was ended for its group's sake: no failure of its own."""
         self._seen: set[int] = set()
         """Every process that the engine ever had."""
 
@@ -124,7 +126,7 @@ class Keeper:
         loop.add_signal_handler(signal.SIGINT, self._stop_asked.set)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         loop.add_signal_handler(KILL_SIGNAL, self._kill_asked)
-        loop.add_signal_handler(EPOCH_SIGNAL, self._kill, "its epoch is over")
+        loop.add_signal_handler(EPOCH_SIGNAL, self._epoch_over)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OURS)
         self._watch(self._engine)
         self._heart = Heart(self._config.path, "keeper", incarnation=self._incarnation, epoch=self._epoch)
@@ -247,6 +249,11 @@ class Keeper:
         """KILL_SIGNAL: end the engine without a word to it; whoever waits for its tokens is told."""
         self._kill("supervisord is gone" if os.getppid() != self._parent else "it hangs")
 
+    def _epoch_over(self) -> None:
+        """EPOCH_SIGNAL."""
+        self._epoch_ended = self._death is None
+        self._kill("its epoch is over")
+
     def _kill(self, why: str) -> None:
         if self._death is None:
             logging.error("the engine is killed: %s", why)
@@ -318,7 +325,7 @@ class Keeper:
         return f"GPU memory of dead processes is not given back: {'; '.join(held)}" if held else ""
 
     def _exit_code(self) -> int:
-        if self._death is None:
+        if self._death is None or self._epoch_ended:
             return 0
         status = self._statuses.get(self._engine, 0)
         return os.WEXITSTATUS(status) or 1 if os.WIFEXITED(status) else 1

@@ -26,8 +26,9 @@ class Rank:
     member: Member | None = None
     skew: float = 0.0
     """Its clock less ours, seconds."""
-    refused: str = ""
-    """Who else says to be this rank."""
+    twin: str = ""
+    """Who else says to be this rank, and is refused."""
+    twin_at: float = 0.0
 
 
 @dataclass
@@ -74,12 +75,10 @@ class Leader:
             return Refused(f"rank {member.node_rank}: --nnodes {self.nnodes} has ranks 0 to {self.nnodes - 1}")
         known = rank.member
         if known is not None and known.node != member.node and now - rank.since <= self.deadline:
-            rank.refused = member.host
+            rank.twin, rank.twin_at = member.host, now
             return Refused(f"rank {member.node_rank} is {known.host} already; give one another --node-rank")
         if known is not None and known.life == member.life and known.number >= member.number:
             return None  # overtaken by a newer one
-        if known is not None and known.node != member.node:
-            rank.refused = ""
         rank.member, rank.since, rank.skew = member, now, member.clock - wall
         return None
 
@@ -157,6 +156,11 @@ class Leader:
                 if ours != theirs:
                     found.append(f"rank {number} ({member.host}): {name} is {theirs}, on the leader {ours}")
         return found
+
+    def twin(self, rank: int, now: float) -> str:
+        """Who else says to be this rank at present; empty when nobody does."""
+        known = self.ranks[rank]
+        return known.twin if known.twin and now - known.twin_at <= self.deadline else ""
 
     def wish(self, now: float) -> tuple[int, Member] | None:
         """The first rank in contact that wants to stop, or else to drain."""

@@ -90,6 +90,7 @@ class Leading(Group):
             self._look(now)
             if was is None or _news(was) != _news(member):
                 self._say(now)
+                self._on_change()
         return refused
 
     def _look(self, now: float) -> None:
@@ -205,7 +206,7 @@ class Leading(Group):
                 "engine": rank.member.engine if rank.member is not None else "",
                 "epoch": rank.member.epoch if rank.member is not None else 0,
                 "seen_s": round(now - rank.since, 1) if rank.member is not None else None,
-                "refused": rank.refused,
+                "refused": leader.twin(number, now),
             }
             for number, rank in leader.ranks.items()
         ]
