@@ -136,7 +136,7 @@ class Leader:
             if member.want == "stop":
                 return f"rank {number} ({member.host}), which is stopping"
             if member.engine != "none":
-                return f"rank {number} ({member.host}): {member.reason or 'the end of its engine'}"
+                return f"the end of the engine of rank {number} ({member.host})"
             if member.leader != self.life or member.heard < self._ended:
                 return f"rank {number} ({member.host}) to hear that no epoch is open"
         return ""
