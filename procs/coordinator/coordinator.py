@@ -19,13 +19,13 @@ import zmq
 from procs.coordinator import crash, document, group
 from procs.coordinator.conditions import Condition, waiting_for
 from procs.coordinator.engine import EngineProgram
-from procs.coordinator.hang import Hangs
 from procs.coordinator.node import ALIVE, Facts, NodeState, is_stuck, node_state
 from procs.coordinator.restart import FollowerPolicy, RestartPolicy
 from procs.coordinator.revoke import Revoker
 from shared import supervisord
 from shared.config import EVENTS_SOCKET, NodeConfig
 from shared.frames import AnyState, Beat, Death, Intent, ProcessChange, Verdict
+from shared.hang import Hangs
 from shared.heart import Heart
 from shared.sockets import Decoder, LoopSocket, subscriber
 from shared.state import LOST, Board, State

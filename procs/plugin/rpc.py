@@ -26,11 +26,13 @@ from procs.plugin.wakeup import Wakeup
 from procs.plugin.wants import DRAIN, SERVE, STOP, Wants
 from shared.config import EVENTS_SOCKET, LOG_DIR, NodeConfig
 from shared.frames import ProcessChange
+from shared.hang import Hangs
 
 SUPERVISORD = "supervisord"
 """Name in a ProcessChange for supervisord itself; its state STOPPING is the beginning of the node's stop."""
 STILL_ALIVE = (events.ProcessStateRunningEvent, events.ProcessStateStoppingEvent)
 """After these a process may go on with its last line of output."""
+COORDINATOR = "coordinator"
 AGENTS = "agent"
 """The group of programs whose streams a drain waits for."""
 HOLD_MARGIN_SECONDS = 10.0
@@ -51,6 +53,7 @@ class Plugin:
         self._document = facts.empty_document(config)
         self._heard: float | None = None
         self._wants = Wants()
+        self._hangs = Hangs(0)
         self._starts: Counter[str] = Counter()
         self._notify = Notify()
         self._wakeup = Wakeup(self._options, self._round)
@@ -177,8 +180,20 @@ class Plugin:
     def _round(self) -> None:
         """In each round of supervisord's loop."""
         self._notify.round(stopping=self._ending)
-        if self._hold_until is not None and time.monotonic() > self._hold_until:
+        now = time.monotonic()
+        if self._hold_until is not None and now > self._hold_until:
             self._release("the leader has not drained in time")
+        self._look_at_coordinator(now)
+
+    def _look_at_coordinator(self, now: float) -> None:
+        """Who looks after the others hangs as well as they do: killed after the same time without a word."""
+        group = self._supervisord.process_groups.get(COORDINATOR)
+        pids = [process.pid for process in group.processes.values() if process.pid] if group is not None else []
+        silent = pids and (self._heard is None or now - self._heard > facts.STALE_SECONDS)
+        for _ in self._hangs.look(now, engine_stuck=False, silent=[COORDINATOR] if silent else []):
+            self._options.logger.warn(f"the coordinator (pid {pids[0]}) says nothing any more and is killed")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pids[0], signal.SIGKILL)
 
     @property
     def _ending(self) -> bool:

@@ -6,11 +6,11 @@ import pytest
 
 from procs.coordinator import conditions, document
 from procs.coordinator.engine import EngineProgram
-from procs.coordinator.hang import Hangs
 from procs.coordinator.node import Facts, NodeState, is_stuck, node_state
 from procs.coordinator.restart import RestartPolicy
 from shared.config import LEFT_BEHIND_EXIT, NodeConfig
 from shared.frames import Beat, Verdict
+from shared.hang import Hangs
 from shared.state import Board, State
 
 

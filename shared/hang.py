@@ -1,14 +1,14 @@
 """Who hangs: lives, but gives no sign of life or no token. Pure; what follows is the coordinator's.
 
-Time is counted in looks of at most LOOK_SECONDS each, so a coordinator that was itself paused accuses nobody.
+Time is counted in looks of at most LOOK_SECONDS each, so who looks accuses nobody of a pause of its own.
 """
 
 from collections.abc import Iterable
 
 LOOK_SECONDS = 1.5
-"""The coordinator looks every second."""
+"""The coordinator looks every second, supervisord's plugin too."""
 SIDE_SECONDS = 15.0
-"""A relay, prober or agent silent for so long is killed. None of them ever computes; supervisord starts a new one."""
+"""A side process silent for so long is killed. None of them ever computes; supervisord starts a new one."""
 
 
 class Hangs:
