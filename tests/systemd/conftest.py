@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.streams import Streams
 from tests.systemd.machine import CHECKOUT, VENV, Machine, Service
 
 REPOSITORY = Path(__file__).parents[2]
@@ -54,3 +55,11 @@ def service(machine: Machine, request: pytest.FixtureRequest) -> Iterator[Servic
     made.machine.run("systemctl", "kill", "-s", "KILL", made.unit)
     made.ctl("stop")
     made.ctl("reset-failed")
+
+
+@pytest.fixture
+def streams(machine: Machine) -> Iterator[Streams]:
+    """Clients on the machine's network."""
+    made = machine.on_network(Streams)
+    yield made
+    made.close()

@@ -4,11 +4,9 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests.harness import gone, wait_for
 from tests.streams import FOREVER, Result, Streams
@@ -19,14 +17,6 @@ PORT = 8100
 URL = f"http://127.0.0.1:{PORT}"
 MODEL = "synthetic"
 Figures = Callable[..., None]
-
-
-@pytest.fixture
-def streams(machine: Machine) -> Iterator[Streams]:
-    """Clients on the machine's network."""
-    made = machine.on_network(Streams)
-    yield made
-    made.close()
 
 
 def start(service: Service, seconds: float = 60.0) -> None:
