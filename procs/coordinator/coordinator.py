@@ -330,7 +330,7 @@ class Coordinator:
             if fault.faultCode == supervisord.SHUTDOWN_STATE:
                 self._want("stop", "supervisord is stopping the node", hurry=self._hurry)
             elif fault.faultCode != supervisord.ALREADY_STARTED:
-                logging.warning("starting the engine: %s", fault.faultString)
+                logging.warning("supervisord on the engine: %s", fault.faultString)
 
     async def _start_engine(self) -> None:
         self._program.starting()
@@ -345,6 +345,11 @@ class Coordinator:
             else:
                 await self._call("supervisor.startProcess", "engine", False)
             self._program.look(await self._call("supervisor.getProcessInfo", "engine"), time.monotonic(), "")
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode in (supervisord.SHUTDOWN_STATE, supervisord.ALREADY_STARTED):
+                raise
+            self._gone = f"the engine could not be started: {fault.faultString}"
+            self._program.not_started(fault.faultString, time.monotonic())
         finally:
             self._starting = False
             self._tell_group()

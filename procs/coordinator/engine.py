@@ -43,9 +43,11 @@ class EngineProgram:
             return False
         if self.state == "STOPPED":
             # Stopped by a person, who starts it again; or never started, which is for us.
-            self._pid, self.restart_at = 0, None
-            self._stopped = self.started
-            return not self.started
+            self._pid, self._stopped = 0, self.started
+            if self.started:
+                self.restart_at = None
+                return False
+            return not self.failed and (self.restart_at is None or now >= self.restart_at)
         if self.restart_at is None and not self.failed:
             if info.get("exitstatus") == LEFT_BEHIND_EXIT:
                 self._cannot_start("processes of an engine before can't be killed; log/engine.log names them")
@@ -60,6 +62,11 @@ class EngineProgram:
     def starting(self) -> None:
         """We are about to start it. One that is dead at the next look has died once more."""
         self._ours, self.restart_at = True, None
+
+    def not_started(self, why: str, now: float) -> None:
+        """supervisord could not start it: as a death, so that it is not tried without a pause."""
+        self._ours = False
+        self._died(now, f"it could not be started: {why}")
 
     def ending(self, why: str) -> None:
         """Its next end is wanted: not a death."""

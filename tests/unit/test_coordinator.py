@@ -7,7 +7,7 @@ import pytest
 from procs.coordinator import conditions, document
 from procs.coordinator.engine import EngineProgram
 from procs.coordinator.node import Facts, NodeState, is_stuck, node_state
-from procs.coordinator.restart import RestartPolicy
+from procs.coordinator.restart import FollowerPolicy, RestartPolicy
 from shared.config import LEFT_BEHIND_EXIT, NodeConfig
 from shared.frames import Beat, Verdict
 from shared.hang import Hangs
@@ -189,6 +189,48 @@ def test_a_coordinator_that_died_between_start_and_word_takes_no_start_for_a_per
     assert len(program.policy.deaths) == 2
     program.look(info("EXITED"), 8.0, "")
     assert program.restart_at == 10.0
+
+
+def test_a_start_that_supervisord_refuses_is_tried_with_back_off_and_not_for_ever() -> None:
+    program = EngineProgram(RestartPolicy())
+    due = []
+    for tick in range(4000):
+        now = tick / 10
+        if program.look(info("STOPPED", start=0), now, ""):
+            program.starting()
+            program.not_started("no such file", now)
+            due.append(now)
+    assert due == [0.0, 0.1, 1.1, 3.1, 7.1] and "crash loop" in program.failed and "no such file" in program.failed
+
+
+def test_an_end_that_is_wanted_is_no_death() -> None:
+    deaths: list[str] = []
+    program = EngineProgram(RestartPolicy(), deaths.append)
+    program.look(info("RUNNING", 5), 0.0, "")
+    program.ending("rank 1 is stopping")
+    assert program.look(info("EXITED"), 1.0, "was killed") and not deaths and not program.policy.deaths
+    program.starting()
+    program.look(info("RUNNING", 6), 2.0, "")
+    assert program.look(info("EXITED"), 3.0, "boom") and deaths == ["boom"], "the next one is"
+
+
+def test_a_follower_s_engine_waits_for_the_next_epoch_and_counts_nothing() -> None:
+    program = EngineProgram(FollowerPolicy())
+    for number in range(9):
+        program.look(info("RUNNING", 5 + number), float(number), "")
+        assert program.look(info("EXITED"), number + 0.5, "boom"), "due at once, when its condition is met"
+        program.starting()
+    assert not program.failed
+
+
+def test_a_follower_is_ready_with_its_engine_and_drains_with_the_leader() -> None:
+    alone: dict[str, Any] = {"agents": [], "verdict": None, "needs_agents": False}
+    assert node_state(facts(**alone, leader_state="loading")) == NodeState(State.READY, "the leader is loading")
+    draining = node_state(facts(**alone, want="drain", leader_state="draining", progress="draining: 3 streams left, 9 s of 300"))
+    assert (draining.state, draining.reason) == (State.DRAINING, "draining: 3 streams left, 9 s of 300")
+    assert node_state(facts(**alone, want="drain", leader_state="drained")).state == State.DRAINED
+    stopping = node_state(facts(**alone, want="stop", progress="draining: 3 streams left, 9 s of 300"))
+    assert stopping.reason.startswith("draining: 3")
 
 
 def test_a_person_may_stop_the_engine_and_end_a_crash_loop() -> None:
