@@ -69,6 +69,8 @@ class Coordinator:
         self._gone = ""
         """Why the engine is not there."""
         self._ending: asyncio.Task[None] | None = None
+        self._engine_call = asyncio.Lock()
+        """A signal for one life of the engine must not reach the next."""
         self._restarts = 0
         """How many restarts that persons asked for have been begun."""
         self._verdict: Verdict | None = None
@@ -215,10 +217,13 @@ class Coordinator:
     async def _end_engine(self) -> None:
         """Until it is gone. A keeper that gives no sign of life can only be killed, and the engine with it."""
         epoch = self._group.epoch
-        while (self._program.state in ALIVE or self._starting) and self._group.epoch == epoch:
-            number = "USR2" if self._board.state("keeper") != LOST else "KILL"
-            with contextlib.suppress(*CALL_ERRORS):
-                await self._call("supervisor.signalProcess", "engine", number)
+        while True:
+            async with self._engine_call:
+                if self._group.epoch != epoch or not (self._program.state in ALIVE or self._starting):
+                    return
+                number = "USR2" if self._board.state("keeper") != LOST else "KILL"
+                with contextlib.suppress(*CALL_ERRORS):
+                    await self._call("supervisor.signalProcess", "engine", number)
             await asyncio.sleep(END_AGAIN_SECONDS)
 
     @property
@@ -340,10 +345,8 @@ class Coordinator:
         self._death, self._gone, self._starting = None, "", True
         try:
             self._group.starting()
-            if self._config.nnodes > 1:
-                await self._call("sgnode.start_engine")  # by its usual name it is refused to everybody
-            else:
-                await self._call("supervisor.startProcess", "engine", False)
+            async with self._engine_call:
+                await self._ask_start()
             self._program.look(await self._call("supervisor.getProcessInfo", "engine"), time.monotonic(), "")
         except xmlrpc.client.Fault as fault:
             if fault.faultCode in (supervisord.SHUTDOWN_STATE, supervisord.ALREADY_STARTED):
@@ -353,6 +356,12 @@ class Coordinator:
         finally:
             self._starting = False
             self._tell_group()
+
+    async def _ask_start(self) -> None:
+        if self._config.nnodes > 1:
+            await self._call("sgnode.start_engine")  # by its usual name it is refused to everybody
+        else:
+            await self._call("supervisor.startProcess", "engine", False)
 
     def _crashed(self, why: str) -> None:
         """Keep what there is to know of a death, beside the next start."""

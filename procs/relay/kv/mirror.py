@@ -1,0 +1,145 @@
+"""The blocks that one DP rank of the running engine holds, as its events say. Pure: events in, changes out.
+
+Only what is in the GPU's memory counts: Dynamo 1.6.1's publisher knows no other place (publish_stored).
+"""
+
+from array import array
+
+import msgspec
+
+from procs.relay.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event
+
+MEDIA = (None, "GPU")
+CHAIN_BLOCKS = 256
+"""A chain at most: the whole mirror is published in pieces of this size."""
+
+
+class Block(msgspec.Struct, gc=False):
+    """``held``: how many nodes of SGLang's tree have this hash: those of several LoRA adapters or salts may."""
+
+    parent: int | None
+    tokens: "array[int]"
+    lora: str | None
+    salt: str | None
+    held: int = 1
+
+
+class Chain(msgspec.Struct):
+    """Blocks that follow one another, as publish_stored takes them.
+
+    ``tokens``: block after block; with ``eagle`` one more at the end, each block's last pair reaching into the next.
+    """
+
+    parent: int | None
+    hashes: list[int]
+    tokens: list[int]
+    lora: str | None
+    salt: str | None
+    eagle: bool
+
+
+class Gone(msgspec.Struct):
+    """Blocks that were there and aren't any more."""
+
+    hashes: list[int]
+
+
+Change = Chain | Gone
+
+
+class Mirror:
+    """``exact``: nothing was lost of this engine's events. Otherwise blocks may be missing, and some be gone already.
+
+    ``unplaced``: blocks that couldn't be taken, because their parent isn't known or their size is another.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.blocks: dict[int, Block] = {}
+        self.exact = True
+        self.unplaced = 0
+
+    def apply(self, event: Event) -> list[Change]:
+        """Take an event; what others have to be told of it."""
+        match event:
+            case BlockStored():
+                return self._stored(event) if event.medium in MEDIA else []
+            case BlockRemoved():
+                return self._removed(event.block_hashes) if event.medium in MEDIA else []
+            case AllBlocksCleared():
+                gone: list[Change] = [Gone(list(self.blocks))] if self.blocks else []
+                self.blocks = {}
+                self.exact = True  # of an empty cache everything is known
+                return gone
+
+    def everything(self) -> list[Chain]:
+        """All blocks, each after its parent. One whose parent is gone can't be reached by any prompt: it is left out."""
+        chains: list[Chain] = []
+        done: set[int] = set()
+        for each in self.blocks:
+            path: list[int] = []
+            at: int | None = each
+            while at is not None and at not in done and at in self.blocks:
+                path.append(at)
+                at = self.blocks[at].parent
+            if at is not None and at not in done:
+                continue
+            for one in reversed(path):
+                self._extend(chains, one)
+                done.add(one)
+        return chains
+
+    def _stored(self, event: BlockStored) -> list[Change]:
+        size, count, parent = self.block_size, len(event.block_hashes), event.parent_block_hash
+        if event.block_size != size or len(event.token_ids) != count * size or (parent is not None and parent not in self.blocks):
+            self.unplaced += count
+            return []
+        chains: list[Chain] = []
+        for index, each in enumerate(event.block_hashes):
+            known = self.blocks.get(each)
+            if known is not None:
+                known.held += 1
+            else:
+                tokens = _flat(event.token_ids[index * size : (index + 1) * size])
+                self.blocks[each] = Block(parent, tokens, event.lora_name, event.cache_salt)
+                self._extend(chains, each)
+            parent = each
+        return list(chains)
+
+    def _removed(self, hashes: list[int]) -> list[Change]:
+        gone = []
+        for each in hashes:
+            block = self.blocks.get(each)
+            if block is None:
+                continue
+            block.held -= 1
+            if block.held <= 0 or not self.exact:  # without every event the count may be too high: rather know too little
+                del self.blocks[each]
+                gone.append(each)
+        return [Gone(gone)] if gone else []
+
+    def _extend(self, chains: list[Chain], each: int) -> None:
+        """Put a block at the end of the last chain if it follows there, else begin another."""
+        block = self.blocks[each]
+        eagle = len(block.tokens) > self.block_size
+        last = chains[-1] if chains else None
+        if (
+            last is None
+            or last.hashes[-1] != block.parent
+            or (last.lora, last.salt, last.eagle) != (block.lora, block.salt, eagle)
+            or len(last.hashes) >= CHAIN_BLOCKS
+        ):
+            chains.append(Chain(block.parent, [each], block.tokens.tolist(), block.lora, block.salt, eagle))
+            return
+        if eagle:
+            last.tokens.pop()  # it is the first of this block
+        last.hashes.append(each)
+        last.tokens += block.tokens
+
+
+def _flat(tokens: list[int] | list[tuple[int, int]]) -> "array[int]":
+    """A block's tokens, 4 bytes each; of pairs the first ones and the last one's second."""
+    if isinstance(tokens[0], tuple):
+        pairs: list[tuple[int, int]] = tokens  # type: ignore[assignment]
+        return array("i", [*(pair[0] for pair in pairs), pairs[-1][1]])
+    return array("i", tokens)  # type: ignore[arg-type]

@@ -1,0 +1,141 @@
+"""One DP rank's frames from SGLang, in order and without a hole where that is possible: a SUB and its replay ROUTER.
+
+Frames are counted from 0 in each life of an engine (sglang 0.5.23, ZmqEventPublisher). SGLang keeps the last
+``buffer_steps`` for replay, and sends them on request: 8 bytes, the first one wanted; the end has the number -1.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import zmq
+
+from shared.sockets import LoopSocket
+
+END = b"\xff" * 8
+REPLAY_SECONDS = 3.0
+"""Without a word from the replay socket: SGLang looks at it ten times a second."""
+AHEAD_FRAMES = 50_000
+"""Frames kept while those before them are asked for; five times SGLang's own buffer."""
+MAX_BYTES = 64 << 20
+"""One frame: a step that stores a million tokens is 5 MB."""
+
+
+class Source:
+    """Gives each frame's payload to ``take``, in order. Runs from its making to close().
+
+    ``frames`` taken, ``gaps`` seen in the sequence, ``lost`` frames that nobody has any more; ``on_loss`` is called then.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        events: str,
+        replay: str | None,
+        take: Callable[[bytes], None],
+        on_loss: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._events = events
+        self._replay = replay
+        self._take = take
+        self._on_loss = on_loss
+        self._next = 0
+        self._ahead: dict[int, bytes] = {}
+        self.frames = self.gaps = self.lost = self.malformed = 0
+        sock = context.socket(zmq.SUB)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.RCVHWM, 0)  # dropping would be a gap: what a busy relay can't take yet waits here
+        sock.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
+        sock.setsockopt(zmq.RECONNECT_IVL, 20)
+        sock.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
+        sock.setsockopt(zmq.SUBSCRIBE, b"")
+        sock.connect(events)
+        self._live = LoopSocket(sock, self._heard)
+        self._asking: LoopSocket | None = None
+        self._asked = 0
+        self._timer: asyncio.TimerHandle | None = None
+        if replay is not None:
+            self._ask()  # what was said before this relay listened
+
+    def close(self) -> None:
+        self._live.close()
+        self._end_asking()
+
+    def _heard(self, parts: list[bytes]) -> None:
+        if len(parts) != 3 or len(parts[1]) != 8:
+            self.malformed += 1
+            return
+        self._offer(int.from_bytes(parts[1], "big"), parts[2])
+        if not self._ahead or self._asking is not None and len(self._ahead) < AHEAD_FRAMES:
+            return
+        if self._asking is None:
+            self.gaps += 1
+        if self._asking is None and self._replay is not None:
+            self._ask()
+        else:
+            self._give_up()
+
+    def _offer(self, number: int, payload: bytes) -> None:
+        if number >= self._next:
+            self._ahead[number] = payload
+        self._advance()
+
+    def _advance(self) -> None:
+        while (payload := self._ahead.pop(self._next, None)) is not None:
+            self._next += 1
+            self.frames += 1
+            self._take(payload)
+
+    def _give_up(self) -> None:
+        """Nobody has what is missing before the first frame that came: go on there."""
+        first = min(self._ahead)
+        self.lost += first - self._next
+        logging.warning("KV events at %s: %d frames are lost", self._events, first - self._next)
+        self._next = first
+        self._on_loss()
+        self._advance()
+
+    # --- replay ---
+
+    def _ask(self) -> None:
+        assert self._replay is not None
+        sock = self._context.socket(zmq.DEALER)  # another one each time: nothing of an earlier answer comes late
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.RCVHWM, 0)
+        sock.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
+        sock.connect(self._replay)
+        self._asking, self._asked = LoopSocket(sock, self._answered), self._next
+        self._asking.send([b"", self._next.to_bytes(8, "big")])
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(REPLAY_SECONDS, self._over)
+
+    def _answered(self, parts: list[bytes]) -> None:
+        if len(parts) != 4 or len(parts[2]) != 8:
+            self.malformed += 1
+        elif parts[2] == END:
+            self._over()
+        else:
+            self._wait()
+            self._offer(int.from_bytes(parts[2], "big"), parts[3])
+
+    def _over(self) -> None:
+        """The answer is complete, or stopped coming. SGLang's ROUTER drops what a slow line can't take: then ask again."""
+        self._end_asking()
+        while self._ahead:
+            if self._next > self._asked:
+                self._ask()
+                return
+            self._give_up()
+
+    def _end_asking(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._asking is not None:
+            self._asking.close()
+            self._asking = None
