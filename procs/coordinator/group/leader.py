@@ -75,6 +75,9 @@ class Leader:
             return Refused(f"rank {member.node_rank}: --nnodes {self.nnodes} has ranks 0 to {self.nnodes - 1}")
         known = rank.member
         if known is not None and known.node != member.node and now - rank.since <= self.deadline:
+            if known.host == member.host:
+                earlier = f"its earlier life is given up {self.deadline:g} s after its last word"
+                return Refused(f"rank {member.node_rank} ({known.host}) was started again; {earlier}")
             rank.twin, rank.twin_at = member.host, now
             return Refused(f"rank {member.node_rank} is {known.host} already; give one another --node-rank")
         if known is not None and known.life == member.life and known.number >= member.number:

@@ -95,7 +95,6 @@ class Leading(Group):
 
     def _look(self, now: float) -> None:
         if self._leader.look(now):
-            logging.error("epoch %d is over: %s", self._leader.epoch, self._leader.reason)
             self._ended(now)
         differences = self._leader.differences()
         if differences != self._differences:
@@ -108,6 +107,8 @@ class Leading(Group):
         self._unmet, self._wish = unmet, wish
 
     def _ended(self, now: float) -> None:
+        leader = self._leader
+        logging.log(logging.INFO if leader.orderly else logging.ERROR, "epoch %d is over: %s", leader.epoch, leader.reason)
         self._say(now)
         self._over(self._leader.reason, self._leader.orderly)
         self._on_change()
@@ -159,7 +160,6 @@ class Leading(Group):
         now = time.monotonic()
         if self._leader.open and engine not in RUNS:
             self._leader.end(f"rank 0: {reason or 'its engine is gone'}", orderly=self._stopping)
-            logging.error("epoch %d is over: %s", self._leader.epoch, self._leader.reason)
             self._ended(now)
 
     def set_want(self, want: str) -> None:
@@ -194,7 +194,6 @@ class Leading(Group):
     def end(self, reason: str) -> None:
         if self._leader.open:
             self._leader.end(reason, orderly=True)
-            logging.info("epoch %d is over: %s", self._leader.epoch, reason)
             self._ended(time.monotonic())
 
     def document(self) -> dict[str, Any]:
