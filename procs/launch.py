@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 from shared.config import RUNTIME_DIR_VARIABLE, NodeConfig, load
-from shared.environment import BY_PROGRAM, allowed
+from shared.environment import allowed
 from shared.errors import NodeError
 from shared.prctl import signal_at_parents_death
 
+PROGRAMS = ("engine", "agent", "frontend", "coordinator", "relay", "prober")
 MODULES = {"engine": "procs.keeper", "frontend": "dynamo.frontend"}
 """Programs whose module is not ``procs.NAME``: the engine is started by its keeper, the frontend is Dynamo's."""
 
@@ -50,8 +51,9 @@ def command(program: str, index: int | None, config: NodeConfig) -> list[str]:
 
 def environment(program: str, environ: dict[str, str], config: NodeConfig) -> dict[str, str]:
     """The environment of a program, from supervisord's."""
-    result = allowed(program, environ)
-    if program in ("agent", "frontend"):
+    publishes = program == "relay" and config.dynamo.use_kv_events
+    result = allowed("relay with KV events" if publishes else program, environ)
+    if program in ("agent", "frontend") or publishes:
         # The system port is the prober's: Dynamo's runtime in each of these would bind it too.
         result.pop("DYN_SYSTEM_PORT", None)
         if config.dynamo.discovery_backend == "file":
@@ -76,7 +78,7 @@ def main(argv: list[str]) -> int:
     """Become the program. Returns (exit code 2) only for a wrong call."""
     parent = os.getppid()
     try:
-        if not 1 <= len(argv) <= 2 or argv[0] not in BY_PROGRAM or argv[0] == "supervisord":
+        if not 1 <= len(argv) <= 2 or argv[0] not in PROGRAMS:
             raise NodeError(f"usage: python -m procs.launch PROGRAM [INDEX]; got {argv}")
         program, index = argv[0], int(argv[1]) if len(argv) == 2 else None
         config = load()

@@ -32,6 +32,7 @@ BY_PROGRAM: dict[str, tuple[str, ...]] = {
     "frontend": COMMON + CLUSTER,
     "coordinator": COMMON + CLUSTER + ("NOTIFY_SOCKET", "WATCHDOG_USEC"),
     "relay": (*COMMON, "OTEL_*"),
+    "relay with KV events": COMMON + CLUSTER,
     "prober": (*COMMON, "DYN_SYSTEM_*", "DYN_HEALTH_*", "DYN_CANARY_*"),
     "supervisord": COMMON + ENGINE + CLUSTER + ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID"),
 }

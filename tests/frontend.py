@@ -10,6 +10,8 @@ import requests
 
 from tests.harness import wait_for
 
+LOOPBACK = dict.fromkeys(("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST"), "127.0.0.1")
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -27,8 +29,7 @@ class Frontend:
         command = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
         command += ["--discovery-backend", backend, "--request-plane", "tcp", "--event-plane", "zmq"]
         command += ["--migration-limit", str(migration_limit)]
-        loopback = dict.fromkeys(("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST"), "127.0.0.1")
-        environment = {**os.environ, **loopback, "DYN_FILE_KV": str(store), "HOME": str(store.parent), **(env or {})}
+        environment = {**os.environ, **LOOPBACK, "DYN_FILE_KV": str(store), "HOME": str(store.parent), **(env or {})}
         self.log = store.parent / f"frontend-{port}.log"
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(

@@ -189,8 +189,8 @@ class Identity:
         config.reasoning_parser = dynamo.reasoning_parser
         config.exclude_tools_when_tool_choice_none = dynamo.exclude_tools_when_tool_choice_none
         config.set_structural_tag(dynamo.structural_tag)
-        config.enable_local_indexer = dynamo.enable_local_indexer
-        config.kv_event_publishing_enabled = False  # the relay publishes no KV events yet
+        config.enable_local_indexer = dynamo.enable_local_indexer and self._role.worker_type != "Decode"
+        config.kv_event_publishing_enabled = False  # the engine's facts say it when there are events (adapter)
         for name, value in facts.runtime_config.items():
             setattr(config, name, value)
         for name, text in facts.runtime_data.items():

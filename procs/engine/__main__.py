@@ -42,7 +42,7 @@ async def serve(config: NodeConfig, backend: Backend, heart: Heart, incarnation:
     service.start()
     heart.start()
     facts = backend.facts
-    heart.set(State.READY, f"{facts.engine} {facts.version}, loaded in {facts.load_seconds:.1f} s")
+    heart.set(State.READY, f"{facts.engine} {facts.version}, loaded in {facts.load_seconds:.1f} s", info=backend.info)
     logging.info("ready: incarnation %d, %s", incarnation, heart.beat.detail)
     await stopping.wait()
     heart.set(State.STOPPED, "stopping")

@@ -17,9 +17,11 @@ import msgspec
 import zmq
 
 from procs.engine.backend import Sink
+from shared import kv_sources
 from shared.config import NodeConfig
 from shared.errors import Code
 from shared.frames import EngineFacts, KvUse
+from shared.kv_sources import KvSource, KvSources
 from shared.sockets import LoopSocket
 
 META = ("prompt_tokens", "completion_tokens", "cached_tokens")
@@ -28,6 +30,7 @@ LOGPROB_META = ("output_token_logprobs", "output_top_logprobs", "input_token_log
 """meta_info entries that go along whenever SGLang fills them."""
 ABORT_RETRY_SECONDS = 0.005
 """An abort that comes before SGLang knows the request is repeated until it does."""
+WILDCARDS = ("tcp://*", "tcp://0.0.0.0", "tcp://::", "tcp://[::]")
 SIGQUIT_EXIT = 70
 """Exit code after a child of SGLang reported its own failure by SIGQUIT."""
 
@@ -54,6 +57,8 @@ class SglangBackend:
         server_args = parsed.use_resolved_server_args(self._engine.server_args)
         make = _facts if self._manager is not None else _follower_facts
         self.facts = make(config, self._engine, server_args, time.monotonic() - started)
+        sources = _kv_sources(server_args) if config.dynamo.use_kv_events else None
+        self.info = kv_sources.say(sources) if sources is not None else {}
         self._parameters = frozenset(inspect.signature(self._engine.async_generate).parameters)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._sink: Sink | None = None
@@ -276,7 +281,10 @@ def _facts(config: NodeConfig, engine: Any, server_args: Any, load_seconds: floa
         bos_token_id=getattr(tokenizer, "bos_token_id", None),
         eos_token_ids=sorted(int(token) for token in eos),
         load_seconds=load_seconds,
-        runtime_config={"enable_eagle": True} if _is_eagle(server_args) else {},
+        runtime_config={
+            "kv_event_publishing_enabled": config.dynamo.use_kv_events,
+            **({"enable_eagle": True} if _is_eagle(server_args) else {}),
+        },
         runtime_data=data,
         metrics_dir=metrics_dir,
     )
@@ -308,6 +316,30 @@ def _follower_facts(config: NodeConfig, engine: Any, server_args: Any, load_seco
         load_seconds=load_seconds,
         metrics_dir=os.environ.get("PROMETHEUS_MULTIPROC_DIR") if server_args.enable_metrics else None,
     )
+
+
+def _kv_sources(server_args: Any) -> KvSources | None:
+    """Where the KV events of this node's DP ranks are; None on a follower that shares the leader's rank (capacity.py)."""
+    from dynamo.sglang.capacity import kv_event_block_size, local_dp_rank_bounds, publishes_kv_events
+    from sglang.srt.disaggregation.kv_events import KVEventsConfig, ZmqEventPublisher
+
+    if not publishes_kv_events(server_args):
+        return None
+    given = KVEventsConfig.from_cli(server_args.kv_events_config)
+
+    def address(endpoint: str | None, rank: int) -> str | None:
+        """Where to connect: one port a rank; what listens everywhere is reached on loopback."""
+        if not endpoint:
+            return None
+        host, _, port = str(ZmqEventPublisher.offset_endpoint_port(endpoint, rank)).rpartition(":")
+        return f"{'tcp://127.0.0.1' if host in WILDCARDS else host}:{port}"
+
+    ranks = {}
+    for rank in range(*local_dp_rank_bounds(server_args)):
+        events = address(given.endpoint, rank)
+        assert events is not None
+        ranks[rank] = KvSource(events, address(given.replay_endpoint, rank))
+    return KvSources(kv_event_block_size(server_args), ranks)
 
 
 def _card_path(model: Any, server_args: Any) -> str:

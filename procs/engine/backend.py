@@ -24,6 +24,8 @@ class Backend(Protocol):
     """An engine that is up. Built before the loop runs (building may block for minutes)."""
 
     facts: EngineFacts
+    info: dict[str, str]
+    """What the engine's Beat says of it (Beat.info)."""
 
     def start(self, sink: Sink, stop: Callable[[], None]) -> None:
         """Called once in the running loop, before any submit. ``stop`` asks the process to stop cleanly."""

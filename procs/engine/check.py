@@ -143,6 +143,8 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
     for field, flag in UNSUPPORTED.items():
         if getattr(dynamo, field, None):
             raise ValueError(f"{flag} is not supported by this version of sgnode")
+    if dynamo.use_kv_events:
+        _kv_events(json.loads(server.kv_events_config), server)
     structural = dynamo.structural_tag
     if structural is not None and not isinstance(structural, dict):
         import msgspec
@@ -185,6 +187,28 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
             "engine_request_limit": getattr(dynamo, "engine_request_limit", None),
         },
     }
+
+
+def _kv_events(given: dict[str, Any], server: Any) -> None:
+    """The relay connects to what SGLang binds, one port a DP rank (sglang 0.5.23, ZmqEventPublisher). Raises ValueError."""
+    from dynamo.sglang.capacity import sglang_dp_layout
+
+    ports = []
+    for name in ("endpoint", "replay_endpoint"):
+        endpoint = given.get(name, "tcp://*:5557" if name == "endpoint" else None)
+        if endpoint is None:
+            continue
+        match = re.fullmatch(r"tcp://(.+):([0-9]+)", str(endpoint))
+        if match is None:
+            raise ValueError(f"--kv-events-config: {name} {endpoint!r} is not tcp://HOST:PORT")
+        if name == "endpoint" and match[1] not in ("*", "0.0.0.0", "::", "[::]") and not given.get("bind"):
+            raise ValueError(
+                f'--kv-events-config: SGLang would connect to {endpoint}: use tcp://*:{match[2]}, or add "bind": true'
+            )
+        ports.append(int(match[2]))
+    ranks, _ = sglang_dp_layout(server)
+    if len(ports) == 2 and abs(ports[0] - ports[1]) < ranks:
+        raise ValueError(f"--kv-events-config: endpoint and replay_endpoint overlap: each has a port for each of {ranks} DP ranks")
 
 
 ALIKE = (

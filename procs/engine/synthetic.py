@@ -58,6 +58,7 @@ class SyntheticBackend:
             raise RuntimeError("synthetic fault: load")
         self._requests: dict[str, _Request] = {}
         self._sink: Sink | None = None
+        self.info: dict[str, str] = {}
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self.facts = EngineFacts(

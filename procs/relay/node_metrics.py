@@ -9,7 +9,8 @@ from shared.frames import KvUse
 from shared.state import LOST, Board, State
 
 STATES = (*State, LOST)
-KEY = re.compile(r"[a-z][a-z0-9_]*")
+KEY = re.compile(r"([a-z][a-z0-9_]*?)(?:_dp([0-9]+))?")
+"""A beat's number; at its end the DP rank that it is about, if it is about one."""
 TAKEN = ("process_state", "incarnation", "epoch", "kv_used_blocks", "kv_total_blocks")
 
 
@@ -21,18 +22,23 @@ def render(config: NodeConfig, board: Board, use: dict[int, KvUse]) -> str:
     )
     incarnation = Gauge("sgnode_incarnation", "Life of the engine, counted from the node's start", registry=registry)
     epoch = Gauge("sgnode_epoch", "Start of the group of nodes that the engine belongs to; 0 without a group", registry=registry)
-    gauges: dict[str, Gauge] = {}
+    gauges: dict[tuple[str, ...], Gauge] = {}
     for name in config.processes:
         now = board.state(name)
         for each in STATES:
             state.labels(name, each).set(float(each == now))
         beat = board.beat(name)
         for key, value in (beat.numbers if beat else {}).items():
-            if not KEY.fullmatch(key) or key in TAKEN:
+            match = KEY.fullmatch(key)
+            if match is None or match[1] in TAKEN:
                 continue  # a beat of a newer version must not spoil the scrape
-            if key not in gauges:
-                gauges[key] = Gauge(f"sgnode_{key}", HELP.get(key, key), ["process"], registry=registry)
-            gauges[key].labels(name).set(value)
+            labels = {"process": name} | ({} if match[2] is None else {"dp_rank": match[2]})
+            metric = (match[1], *labels)
+            if metric not in gauges:
+                if any(each[0] == match[1] for each in gauges):
+                    continue  # the same name with and without a rank
+                gauges[metric] = Gauge(f"sgnode_{match[1]}", HELP.get(match[1], match[1]), list(labels), registry=registry)
+            gauges[metric].labels(**labels).set(value)
     keeper = board.beat("keeper")
     incarnation.set(keeper.incarnation if keeper else 0)
     epoch.set(keeper.epoch if keeper else 0)
@@ -53,4 +59,12 @@ HELP = {
     "tokens": "Tokens handed to peers by the engine",
     "peers": "Agents and probers connected to the engine",
     "dropped_frames": "Frames that did not decode",
+    "kv_event_frames": "Frames of KV events taken from SGLang",
+    "kv_event_gaps": "Holes in the sequence of SGLang's frames",
+    "kv_event_frames_lost": "Frames of KV events that nobody has any more",
+    "kv_events": "KV events taken from SGLang",
+    "kv_events_dropped": "KV events and frames of them that did not decode",
+    "kv_blocks": "KV blocks that the engine holds, as its events say",
+    "kv_blocks_unplaced": "KV blocks that could not be taken: their parent is not known, or their size is another",
+    "kv_publishers": "Workers and DP ranks that KV events are published for",
 }

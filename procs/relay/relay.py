@@ -1,4 +1,4 @@
-"""The relay's loop: node state in, KV use and metrics out. It never touches a request."""
+"""The relay's loop: node state in, KV use, KV events and metrics out. It never touches a request."""
 
 import asyncio
 import logging
@@ -9,6 +9,7 @@ import msgspec
 import zmq
 
 from procs.relay import engine_metrics, node_metrics, remote, text
+from procs.relay.kv.kv import KvEvents
 from shared import sockets
 from shared.config import NodeConfig
 from shared.frames import AnyState, Beat, Death, KvUse, MetricsText, Scrape
@@ -37,34 +38,41 @@ class Relay:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._states: Decoder[AnyState] = Decoder(AnyState, "node state")
         self._asked: Decoder[Scrape] = Decoder(Scrape, "the metrics socket")
+        self._kv = KvEvents(self._config, context, self._say)
         others = [name for name in self._config.processes if name != "relay"]
         states = LoopSocket(sockets.subscriber(context, self._config.path, others), self._hear)
         self._metrics = LoopSocket(sockets.router(context, self._config.path, sockets.METRICS), self._scrape_asked)
         self._heart.numbers = self._numbers
         self._heart.repeat = lambda: list(self._use.values())
         self._heart.start()
-        self._heart.set(State.READY)
+        self._say()
         try:
             await end.wait()
         finally:
             self._heart.set(State.STOPPED)
             for task in self._scrapes:
                 task.cancel()
+            self._kv.close()
             states.close()
             self._metrics.close()
             context.term()
             self._heart.close()
 
     def _numbers(self) -> dict[str, float]:
-        return {"dropped_frames": self._states.dropped + self._asked.dropped}
+        return {"dropped_frames": self._states.dropped + self._asked.dropped, **self._kv.numbers()}
+
+    def _say(self) -> None:
+        self._heart.set(State.READY, self._kv.detail)
 
     def _hear(self, parts: list[bytes]) -> None:
         frame: Any = self._states.decode(parts[0])
         match frame:
             case Beat():
                 self._board.hear(frame)
+                self._kv.hear(frame)
             case Death():
                 self._forget_use(frame.incarnation + 1)
+                self._kv.dead(frame.incarnation)
             case KvUse():
                 self._forget_use(frame.incarnation)
                 self._use[frame.dp_rank] = frame

@@ -79,6 +79,10 @@ def test_the_role_is_the_worker_type_that_dynamo_would_start(check: Check, flag:
     assert check(flag).get("role") == role
 
 
+def kv_events(**given: Any) -> list[str]:
+    return ["--kv-events-config", json.dumps({"publisher": "zmq", **given})]
+
+
 @pytest.mark.parametrize(
     ("argv", "names"),
     [
@@ -96,6 +100,9 @@ def test_the_role_is_the_worker_type_that_dynamo_would_start(check: Check, flag:
         (["--dedicated-mm-encoder"], "--dedicated-mm-encoder"),
         (["--use-sglang-tokenizer"], "--use-sglang-tokenizer"),
         (["stray"], "stray"),
+        (kv_events(endpoint="ipc:///tmp/x"), "endpoint 'ipc:///tmp/x' is not tcp://HOST:PORT"),
+        (kv_events(endpoint="tcp://127.0.0.1:5557"), 'use tcp://*:5557, or add "bind": true'),
+        (kv_events(endpoint="tcp://*:5557", replay_endpoint="tcp://*:5557"), "endpoint and replay_endpoint overlap"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_flag(check: Check, argv: list[str], names: str) -> None:

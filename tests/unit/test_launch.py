@@ -56,6 +56,9 @@ def test_environments() -> None:
     assert "SGNODE_INCARNATION" not in agent
     assert "DYN_SYSTEM_PORT" not in launch.environment("frontend", outside, plain)
     assert launch.environment("engine", outside, plain)["AWS_SECRET_ACCESS_KEY"] == "s"
+    assert "DYN_FILE_KV" not in launch.environment("relay", outside, plain)
+    relay = launch.environment("relay", outside, node_config(dynamo=Dynamo(use_kv_events=True)))
+    assert (relay["DYN_FILE_KV"], relay["DYN_TCP_RPC_HOST"]) == ("/kv", "127.0.0.1") and "DYN_SYSTEM_PORT" not in relay
     cluster = node_config(dynamo=Dynamo(discovery_backend="etcd"))
     far = launch.environment("agent", outside, cluster)
     assert "DYN_TCP_RPC_HOST" not in far and far["DYN_SYSTEM_HOST"] == "0.0.0.0", "others fetch the tokenizer there"

@@ -54,10 +54,13 @@ def test_labels_are_added_where_absent_and_the_sources_own_win() -> None:
 
 def test_a_beat_with_odd_numbers_spoils_nothing(tmp_path: Path) -> None:
     board = Board()
+    board.hear(beat("relay", {"kv_blocks_dp0": 3, "kv_blocks_dp11": 4, "kv_blocks": 9, "kv_blocks_dp": 1}))
     board.hear(beat("engine", {"steps": 5, "no-name": 1, "": 2, "incarnation": 3, "Großbuchstabe": 1}))
     text = node_metrics.render(configure(tmp_path), board, {0: KvUse(1, 0, 2, 8, 0, 0.25, 0.0)})
     assert 'sgnode_steps{process="engine"} 5.0' in text and 'sgnode_kv_used_blocks{dp_rank="0"} 2.0' in text
     assert 'sgnode_process_state{process="engine",state="ready"} 1.0' in text
+    assert 'sgnode_kv_blocks{dp_rank="0",process="relay"} 3.0' in text
+    assert 'sgnode_kv_blocks{dp_rank="11",process="relay"} 4.0' in text
     assert list(text_string_to_metric_families(text))
 
 

@@ -4,6 +4,7 @@ Only what is in the GPU's memory counts: Dynamo 1.6.1's publisher knows no other
 """
 
 from array import array
+from typing import Any
 
 import msgspec
 
@@ -50,17 +51,18 @@ Change = Chain | Gone
 class Mirror:
     """``exact``: nothing was lost of this engine's events. Otherwise blocks may be missing, and some be gone already.
 
-    ``unplaced``: blocks that couldn't be taken, because their parent isn't known or their size is another.
+    ``events`` taken; ``unplaced``: blocks that couldn't be taken, because their parent isn't known or their size is another.
     """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.blocks: dict[int, Block] = {}
         self.exact = True
-        self.unplaced = 0
+        self.events = self.unplaced = 0
 
     def apply(self, event: Event) -> list[Change]:
         """Take an event; what others have to be told of it."""
+        self.events += 1
         match event:
             case BlockStored():
                 return self._stored(event) if event.medium in MEDIA else []
@@ -137,9 +139,8 @@ class Mirror:
         last.tokens += block.tokens
 
 
-def _flat(tokens: list[int] | list[tuple[int, int]]) -> "array[int]":
+def _flat(tokens: list[Any]) -> "array[int]":
     """A block's tokens, 4 bytes each; of pairs the first ones and the last one's second."""
     if isinstance(tokens[0], tuple):
-        pairs: list[tuple[int, int]] = tokens  # type: ignore[assignment]
-        return array("i", [*(pair[0] for pair in pairs), pairs[-1][1]])
-    return array("i", tokens)  # type: ignore[arg-type]
+        return array("i", [*(pair[0] for pair in tokens), tokens[-1][1]])
+    return array("i", tokens)

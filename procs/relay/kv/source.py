@@ -13,8 +13,12 @@ import zmq
 from shared.sockets import LoopSocket
 
 END = b"\xff" * 8
-REPLAY_SECONDS = 3.0
-"""Without a word from the replay socket: SGLang looks at it ten times a second."""
+ANSWER_SECONDS = 5.0
+"""For the first word of an answer: SGLang looks at its replay socket ten times a second."""
+SILENCE_SECONDS = 0.5
+"""Between two frames of an answer: it is sent in one go. SGLang's ROUTER drops what a line can't take at once, the end too."""
+AGAIN_SECONDS = 1.0
+"""A subscription on loopback takes milliseconds."""
 AHEAD_FRAMES = 50_000
 """Frames kept while those before them are asked for; five times SGLang's own buffer."""
 MAX_BYTES = 64 << 20
@@ -55,25 +59,31 @@ class Source:
         self._asking: LoopSocket | None = None
         self._asked = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._again: asyncio.TimerHandle | None = None
         if replay is not None:
             self._ask()  # what was said before this relay listened
+            self._again = asyncio.get_running_loop().call_later(AGAIN_SECONDS, self._ask_again)
+
+    @property
+    def replays(self) -> bool:
+        """SGLang can be asked for frames again."""
+        return self._replay is not None
 
     def close(self) -> None:
         self._live.close()
         self._end_asking()
+        if self._again is not None:
+            self._again.cancel()
 
     def _heard(self, parts: list[bytes]) -> None:
         if len(parts) != 3 or len(parts[1]) != 8:
             self.malformed += 1
             return
         self._offer(int.from_bytes(parts[1], "big"), parts[2])
-        if not self._ahead or self._asking is not None and len(self._ahead) < AHEAD_FRAMES:
-            return
-        if self._asking is None:
+        if self._ahead and self._asking is None:
             self.gaps += 1
-        if self._asking is None and self._replay is not None:
-            self._ask()
-        else:
+            self._ask() if self._replay is not None else self._give_up()
+        elif len(self._ahead) > AHEAD_FRAMES:
             self._give_up()
 
     def _offer(self, number: int, payload: bytes) -> None:
@@ -107,28 +117,35 @@ class Source:
         sock.connect(self._replay)
         self._asking, self._asked = LoopSocket(sock, self._answered), self._next
         self._asking.send([b"", self._next.to_bytes(8, "big")])
-        self._wait()
+        self._wait(ANSWER_SECONDS)
 
-    def _wait(self) -> None:
+    def _ask_again(self) -> None:
+        """What was said after the first answer and before the subscription reached SGLang."""
+        if self._asking is None:
+            self._ask()
+
+    def _wait(self, seconds: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(REPLAY_SECONDS, self._over)
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._over, False)
 
     def _answered(self, parts: list[bytes]) -> None:
         if len(parts) != 4 or len(parts[2]) != 8:
             self.malformed += 1
         elif parts[2] == END:
-            self._over()
+            self._over(True)
         else:
-            self._wait()
+            self._wait(SILENCE_SECONDS)
             self._offer(int.from_bytes(parts[2], "big"), parts[3])
 
-    def _over(self) -> None:
-        """The answer is complete, or stopped coming. SGLang's ROUTER drops what a slow line can't take: then ask again."""
+    def _over(self, whole: bool) -> None:
+        """The answer has ended, or stopped coming: ask for what is missing while that brings anything."""
         self._end_asking()
-        while self._ahead:
+        while self._ahead or not whole:
             if self._next > self._asked:
                 self._ask()
+                return
+            if not self._ahead:
                 return
             self._give_up()
 

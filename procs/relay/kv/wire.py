@@ -16,7 +16,7 @@ class BlockStored(msgspec.Struct, tag=True, gc=False):
 
     block_hashes: list[int]
     parent_block_hash: int | None
-    token_ids: list[int] | list[tuple[int, int]]
+    token_ids: list[int | tuple[int, int]]
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
@@ -74,4 +74,6 @@ class Reader:
             return self._event.decode(raw)
         # SGLang up to 0.5.16: an array, its kind first.
         values: list[Any] = msgspec.msgpack.decode(raw, type=list[Any])
-        return msgspec.convert({"type": values[0], **dict(zip(FIELDS[values[0]], values[1:], strict=False))}, type=Event)
+        fields = {"type": values[0], **dict(zip(FIELDS[values[0]], values[1:], strict=False))}
+        event: Event = msgspec.convert(fields, type=Event)
+        return event
