@@ -208,7 +208,7 @@ def _kv_events(given: dict[str, Any], server: Any) -> None:
         ports.append(int(match[2]))
     ranks, _ = sglang_dp_layout(server)
     if len(ports) == 2 and abs(ports[0] - ports[1]) < ranks:
-        raise ValueError(f"--kv-events-config: endpoint and replay_endpoint overlap: each has a port for each of {ranks} DP ranks")
+        raise ValueError(f"--kv-events-config: endpoint and replay_endpoint overlap: each has {ranks} ports, one a DP rank")
 
 
 ALIKE = (
