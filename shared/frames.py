@@ -240,6 +240,7 @@ class Member(Frame, tag="Member"):
     life. ``leader`` and ``heard``: life and number of the newest Epoch frame that it took. ``group`` and ``epoch``: the one that
     its engine was last started for. ``engine``: ``none`` (no process is left), ``up``, ``ready``, ``dead`` (being cleared away);
     ``reason``: why it is gone. ``want`` as in Intent. ``clock``: UNIX seconds. ``facts``: what must be alike on every rank.
+    ``pause``: seconds of silence that mean nothing: this coordinator is being restarted.
     """
 
     protocol: int
@@ -257,6 +258,7 @@ class Member(Frame, tag="Member"):
     want: str
     clock: float
     facts: dict[str, str]
+    pause: float = 0.0
 
 
 class Epoch(Frame, tag="Epoch"):
@@ -264,7 +266,7 @@ class Epoch(Frame, tag="Epoch"):
 
     ``group`` is made at the leader node's start, ``epoch`` counts its epochs; ``open``: engines of it shall run. ``orderly``: it
     was ended on purpose, nothing has failed. ``reason``: why it is over. ``waiting_for``: what the next one waits for. ``state``
-    and ``progress`` are the leader node's, for an operator's eyes; ``workers``: worker ids of its agents.
+    and ``progress`` are the leader node's, for an operator's eyes; ``workers``: worker ids of its agents. ``pause`` as in Member.
     """
 
     protocol: int
@@ -279,6 +281,7 @@ class Epoch(Frame, tag="Epoch"):
     state: str
     progress: str
     workers: list[str] = []
+    pause: float = 0.0
 
 
 ToLeader = Member

@@ -50,13 +50,13 @@ class Follower:
         self.refused, self.said = reason, None
 
     def in_contact(self, now: float) -> bool:
-        return self.said is not None and now - self._since <= self.deadline
+        return self.said is not None and now - self._since <= self.deadline + self.said.pause
 
     def over(self, now: float) -> str:
         """Why an engine of ours may not go on; empty while its epoch is open, and for one that isn't there."""
         if self.engine == "none":
             return ""
-        if now - self._since > self.deadline:
+        if now - self._since > self.deadline + (self.said.pause if self.said is not None else 0.0):
             return f"the leader at {self.place}: no sign of life for {self.deadline:g} s"
         if self.refused:
             return self.refused
@@ -92,12 +92,12 @@ class Follower:
         self.ran, self.engine, self.reason = Started(self.said.group, self.said.epoch), "up", ""
         return self.ran
 
-    def frame(self, wall: float, want: str) -> Member:
+    def frame(self, wall: float, want: str, pause: float = 0.0) -> Member:
         """What the leader shall hear now. ``wall``: UNIX seconds."""
         self._number += 1
         said = self.said
         leader, heard = ("", 0) if said is None else (said.life, said.number)
         return Member(
             PROTOCOL, self.node_rank, self.life, self.node, self.host, self._number, leader, heard, self.ran.group,
-            self.ran.epoch, self.engine, self.reason, want, wall, self.facts,
+            self.ran.epoch, self.engine, self.reason, want, wall, self.facts, pause,
         )  # fmt: skip

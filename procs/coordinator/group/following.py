@@ -10,7 +10,7 @@ from typing import Any
 import zmq
 
 from procs.coordinator.group.follower import Follower
-from procs.coordinator.group.group import BEAT_SECONDS, TICK_SECONDS, Group, Over
+from procs.coordinator.group.group import BEAT_SECONDS, PAUSE_SECONDS, TICK_SECONDS, Group, Over
 from procs.coordinator.group.leader import RUNS
 from procs.coordinator.group.leading import host_name
 from procs.coordinator.group.link import FollowerLink
@@ -86,12 +86,14 @@ class Following(Group):
             self._on_change()
         self._unmet = unmet
 
-    def _say(self) -> None:
+    def _say(self, pause: float = 0.0) -> None:
         self._say_at = time.monotonic() + BEAT_SECONDS
-        self._link.say(self._follower.frame(time.time(), self._want))
+        self._link.say(self._follower.frame(time.time(), self._want, pause))
 
     def close(self, *, leaving: bool) -> None:
         self._task.cancel()
+        if not leaving:
+            self._say(PAUSE_SECONDS)
         self._link.close()
         self._context.term()
 

@@ -26,6 +26,8 @@ class Rank:
     member: Member | None = None
     skew: float = 0.0
     """Its clock less ours, seconds."""
+    pause: float = 0.0
+    """Silence that was announced."""
     twin: str = ""
     """Who else says to be this rank, and is refused."""
     twin_at: float = 0.0
@@ -74,7 +76,7 @@ class Leader:
         if rank is None:
             return Refused(f"rank {member.node_rank}: --nnodes {self.nnodes} has ranks 0 to {self.nnodes - 1}")
         known = rank.member
-        if known is not None and known.node != member.node and now - rank.since <= self.deadline:
+        if known is not None and known.node != member.node and not self._silent(rank, now):
             if known.host == member.host:
                 earlier = f"its earlier life is given up {self.deadline:g} s after its last word"
                 return Refused(f"rank {member.node_rank} ({known.host}) was started again; {earlier}")
@@ -82,7 +84,7 @@ class Leader:
             return Refused(f"rank {member.node_rank} is {known.host} already; give one another --node-rank")
         if known is not None and known.life == member.life and known.number >= member.number:
             return None  # overtaken by a newer one
-        rank.member, rank.since, rank.skew = member, now, member.clock - wall
+        rank.member, rank.since, rank.skew, rank.pause = member, now, member.clock - wall, member.pause
         return None
 
     # --- deciding ---
@@ -102,7 +104,7 @@ class Leader:
         for number, rank in self.ranks.items():
             member = rank.member
             name = f"rank {number}" + (f" ({member.host})" if member is not None else "")
-            if now - rank.since > self.deadline:
+            if self._silent(rank, now):
                 return f"{name}: no sign of life for {self.deadline:g} s"
             if member is None:
                 continue  # a leader that has just come back: it has until the deadline
@@ -112,6 +114,10 @@ class Leader:
             elif now - self._opened > START_SECONDS:
                 return f"{name}: its engine was not started within {START_SECONDS:.0f} s"
         return ""
+
+    def _silent(self, rank: Rank, now: float) -> bool:
+        """No sign of life for too long."""
+        return now - rank.since > self.deadline + rank.pause
 
     def _is_here(self, member: Member) -> bool:
         """Its engine was started for this epoch."""
@@ -125,7 +131,7 @@ class Leader:
 
     def unmet(self, now: float) -> str:
         """What has to happen before an epoch can open, in an operator's words; empty when it can."""
-        missing = [number for number, rank in self.ranks.items() if rank.member is None or now - rank.since > self.deadline]
+        missing = [number for number, rank in self.ranks.items() if rank.member is None or self._silent(rank, now)]
         if missing:
             plural = "ranks" if len(missing) > 1 else "rank"
             longest = now - min(self.ranks[number].since for number in missing)
@@ -167,7 +173,7 @@ class Leader:
 
     def wish(self, now: float) -> tuple[int, Member] | None:
         """The first rank in contact that wants to stop, or else to drain."""
-        fresh = [(number, rank.member) for number, rank in self.ranks.items() if now - rank.since <= self.deadline]
+        fresh = [(number, rank.member) for number, rank in self.ranks.items() if not self._silent(rank, now)]
         for want in ("stop", "drain"):
             for number, member in fresh:
                 if member is not None and member.want == want:
@@ -184,14 +190,21 @@ class Leader:
     # --- saying ---
 
     def frame(
-        self, now: float, *, waiting_for: str = "", state: str = "", progress: str = "", workers: Sequence[str] = ()
+        self,
+        now: float,
+        *,
+        waiting_for: str = "",
+        state: str = "",
+        progress: str = "",
+        workers: Sequence[str] = (),
+        pause: float = 0.0,
     ) -> Epoch:
         """What everybody shall hear now. Each has a new number. ``waiting_for``: what the leader itself waits for."""
         self._number += 1
         waiting_for = "" if self.open else self.unmet(now) or waiting_for
         return Epoch(
             PROTOCOL, self.life, self._number, self.group, self.epoch, self.open, self.orderly, self.reason, waiting_for, state,
-            progress, list(workers),
+            progress, list(workers), pause,
         )  # fmt: skip
 
 

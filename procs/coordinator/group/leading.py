@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from procs.coordinator.group.group import BEAT_SECONDS, TICK_SECONDS, Group, Over
+from procs.coordinator.group.group import BEAT_SECONDS, PAUSE_SECONDS, TICK_SECONDS, Group, Over
 from procs.coordinator.group.leader import RUNS, Leader
 from procs.coordinator.group.link import LeaderLink, tcp
 from procs.coordinator.node import Facts, NodeState
@@ -117,14 +117,11 @@ class Leading(Group):
         """What the next epoch waits for; empty when it may open, and while one is."""
         return "" if self._leader.open else self._trouble or self._leader.unmet(now)
 
-    def _say(self, now: float) -> None:
+    def _say(self, now: float, pause: float = 0.0) -> None:
         self._say_at = now + BEAT_SECONDS
         if self._link is not None:
-            self._link.say(
-                self._leader.frame(
-                    now, waiting_for=self._waiting_for, state=self._state, progress=self._progress, workers=self._workers
-                )
-            )
+            how = {"waiting_for": self._waiting_for, "state": self._state, "progress": self._progress}
+            self._link.say(self._leader.frame(now, **how, workers=self._workers, pause=pause))
 
     def close(self, *, leaving: bool) -> None:
         self._task.cancel()
@@ -132,7 +129,7 @@ class Leading(Group):
             if leaving:
                 self._leader.end("the leader has stopped", orderly=True)
                 self._state, self._waiting_for = State.STOPPED, "the leader, which has stopped"
-                self._say(time.monotonic())
+            self._say(time.monotonic(), 0.0 if leaving else PAUSE_SECONDS)
             self._link.close()
         self._context.term()
 

@@ -20,7 +20,8 @@ HEARTBEAT_MS = 500
 """ZMTP's own heartbeat: a connection that died silently is closed after the group's deadline, and made anew."""
 CONNECT_MS = 1000
 """For one attempt to connect: the kernel would try the same one for two minutes."""
-RETRY_MS = (100, 1000)
+RETRY_MS = (100, 200)
+"""A coordinator that was killed is back after a second, and has to be heard within the group's deadline."""
 RENEW_SECONDS = 1.0
 """After a handshake that failed: libzmq 4.3 gives some of these up for good."""
 SAY_SECONDS = 60.0
