@@ -6,10 +6,8 @@ import subprocess
 from base64 import b64decode, b64encode
 from pathlib import Path
 
-from tests.frontend import free_port
+from tests.frontend import LOOPBACK, free_port
 from tests.harness import wait_for
-
-LOOPBACK = dict.fromkeys(("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST"), "127.0.0.1")
 
 
 class Etcd:

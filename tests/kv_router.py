@@ -1,6 +1,6 @@
 """A real Dynamo KV router in a process of its own: asked what it believes, it sends no request anywhere.
 
-``python -m tests.kv_router NAMESPACE.COMPONENT.ENDPOINT BLOCK_SIZE``: token lists in, one JSON list a line; overlaps out.
+``python -m tests.kv_router DISCOVERY_BACKEND BLOCK_SIZE``: token lists in, one JSON list a line; overlaps out.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ SECONDS = 20.0
 class KvRouter:
     """``overlaps(tokens)``: blocks of that prompt which the router takes for cached, by (worker id, DP rank)."""
 
-    def __init__(self, store: Path, block_size: int, endpoint: str = "dynamo.backend.generate") -> None:
+    def __init__(self, store: Path, block_size: int, *, backend: str = "file", env: dict[str, str] | None = None) -> None:
         environment = {**os.environ, **LOOPBACK, "DYN_FILE_KV": str(store), "HOME": str(store.parent), "DYN_LOG": "warn"}
         self.log = store.parent / "kv-router.log"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kv_router", endpoint, str(block_size)],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("wb"), text=True,
+            [sys.executable, "-m", "tests.kv_router", backend, str(block_size)],
+            env=environment | (env or {}), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("wb"), text=True,
         )  # fmt: skip
         self._lines: Queue[str] = Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -57,13 +57,13 @@ class KvRouter:
         self.close()
 
 
-async def _serve(path: str, block_size: int) -> None:
+async def _serve(backend: str, block_size: int) -> None:
     from dynamo.llm import KvRouter as Router
     from dynamo.llm import KvRouterConfig
     from dynamo.runtime import DistributedRuntime
 
-    runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="zmq")
-    made: Any = Router(runtime.endpoint(path), block_size, KvRouterConfig())
+    runtime = DistributedRuntime(asyncio.get_running_loop(), backend, "tcp", event_plane="zmq")
+    made: Any = Router(runtime.endpoint("dynamo.backend.generate"), block_size, KvRouterConfig())
     while line := await asyncio.to_thread(sys.stdin.readline):
         found = await made.get_overlap_scores(json.loads(line))
         print(json.dumps(found["workers"]), flush=True)
