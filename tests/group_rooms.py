@@ -12,6 +12,8 @@ from pathlib import Path
 
 from procs.coordinator import group
 from procs.coordinator.group import Group
+from procs.coordinator.group.following import Following
+from procs.coordinator.group.leading import Leading
 from shared import epoch
 from shared.config import NodeConfig
 from shared.epoch import Started
@@ -120,6 +122,16 @@ class Room:
             self._tell()
 
     def kill_coordinator(self) -> None:
+        """As SIGKILL: it says nothing more."""
+        if isinstance(self._group, Leading | Following):
+            self._group._task.cancel()
+            if self._group._link is not None:
+                self._group._link.close()
+            self._group._context.term()
+        self._group = None
+
+    def stop_coordinator(self) -> None:
+        """As SIGTERM: it says that it comes back."""
         if self._group is not None:
             self._group.close(leaving=False)
             self._group = None

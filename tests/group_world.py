@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from procs.coordinator.group.follower import Follower
-from procs.coordinator.group.group import BEAT_SECONDS, TICK_SECONDS
+from procs.coordinator.group.group import BEAT_SECONDS, PAUSE_SECONDS, TICK_SECONDS
 from procs.coordinator.group.leader import RUNS, Leader
 from shared.epoch import Started
 from shared.frames import Epoch, Member, Refused
@@ -53,7 +53,9 @@ class Node:
     """This life of the coordinator has heard that the engine is dead."""
     say_at: float = 0.0
     contact: float = 0.0
-    """When a follower last heard that its engine's epoch is open, or began."""
+    """When a follower last heard that its engine's epoch is open (any, when it has no engine), or began."""
+    pause: float = 0.0
+    """Silence of the leader that was announced to it."""
     was: tuple[str, int, bool] | None = None
     """What the leader said last, as far as it is news."""
 
@@ -75,6 +77,8 @@ class Link:
     delay: dict[str, float] = field(default_factory=lambda: {"up": 0.0, "down": 0.0})
     heard_at: float = 0.0
     """When the leader last heard this rank, or began."""
+    pause: float = 0.0
+    """Silence of this rank that was announced to the leader."""
 
 
 class World:
@@ -113,11 +117,11 @@ class World:
             return
         was, alive = node.saved, node.engine is not None
         engine = "up" if alive else "none"
-        node.knows, node.was, node.contact, node.say_at = False, None, self.now, self.now
+        node.knows, node.was, node.contact, node.pause, node.say_at = False, None, self.now, 0.0, self.now
         if node.rank == 0:
             group = was.group or self.name("group")
             for link in self.links.values():
-                link.heard_at = self.now
+                link.heard_at, link.pause = self.now, 0.0
             node.room = Leader(
                 self.nnodes, {}, self.name("life"), group, DEADLINE, self.now, was.epoch, alive and bool(was.epoch), engine=engine
             )
@@ -126,10 +130,12 @@ class World:
                 node.rank, self.nnodes, "h:1", f"h{node.rank}", node.name, {}, self.name("life"), DEADLINE, self.now, was, engine
             )
 
-    def end_coordinator(self, node: Node, *, arrived: int = 0) -> None:
-        """``arrived``: so many frames of each connection are at their receiver's machine already."""
+    def end_coordinator(self, node: Node, *, arrived: int = 0, announced: bool = False) -> None:
+        """``arrived``: so many frames of each connection are at their receiver's machine already; ``announced``: not killed."""
         if node.room is None:
             return
+        if announced:
+            self.say(node, PAUSE_SECONDS)
         node.room = None
         for rank in self.links if node.rank == 0 else [node.rank]:
             self.disconnect(rank, arrived=arrived)
@@ -202,16 +208,16 @@ class World:
 
     # --- frames ---
 
-    def say(self, node: Node) -> None:
+    def say(self, node: Node, pause: float = 0.0) -> None:
         room = node.room
         node.say_at = self.now + BEAT_SECONDS
         if isinstance(room, Leader):
-            frame = room.frame(self.now)
+            frame = room.frame(self.now, pause=pause)
             for link in self.links.values():
                 if link.connected and link.heard:
                     link.down.append((self.now + link.delay["down"], frame))
         elif room is not None and (link := self.links[node.rank]).connected:
-            link.up.append((self.now + link.delay["up"], room.frame(self.now, node.want)))
+            link.up.append((self.now + link.delay["up"], room.frame(self.now, node.want, pause)))
 
     def deliver_up(self, rank: int, *, old: bool = False) -> None:
         """The leader reads one frame."""
@@ -225,7 +231,7 @@ class World:
             if not old:
                 link.down.append((self.now + link.delay["down"], refused))
             return
-        link.heard_at = self.now
+        link.heard_at, link.pause = self.now, member.pause
         self.look(leader)
         if was is None or _news(was) != _news(member):
             self.say(leader)
@@ -241,8 +247,9 @@ class World:
             self.look(node)
             return
         room.hear(frame, self.now)
-        if room.said is frame and frame.open and (frame.group, frame.epoch) == (node.saved.group, node.saved.epoch):
-            node.contact = self.now
+        ours = node.engine is None or node.engine.started == Started(frame.group, frame.epoch)
+        if room.said is frame and frame.open and ours:
+            node.contact, node.pause = self.now, frame.pause
         self.look(node)
         if node.was != (frame.life, frame.epoch, frame.open):
             node.was = (frame.life, frame.epoch, frame.open)
@@ -343,11 +350,11 @@ class World:
             assert leader.epoch >= self.newest.get(leader.group, 0), "the epoch went back"
             self.newest[leader.group] = leader.epoch
             for rank, link in self.links.items():
-                silent = self.now - link.heard_at
+                silent = self.now - link.heard_at - link.pause
                 assert not leader.open or silent <= DEADLINE + TICK_SECONDS, f"open, {silent:.1f} s after rank {rank}'s last word"
         for node in self.nodes[1:]:
             if node.room is not None and node.engine is not None and node.engine.dead_at is None:
-                silent = self.now - max(node.contact, node.engine.at)
+                silent = self.now - max(node.contact, node.engine.at) - node.pause
                 assert silent <= DEADLINE + TICK_SECONDS, f"rank {node.rank} runs on, {silent:.1f} s after its epoch's last word"
 
     @property

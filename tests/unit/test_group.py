@@ -307,6 +307,29 @@ def test_what_a_follower_waits_for() -> None:
     assert room.unmet(NOW + 83) != "", "an old word starts nothing"
 
 
+def test_a_follower_that_is_refused_forgets_what_it_heard() -> None:
+    room = follower()
+    room.hear(epoch(7, open=False), NOW)
+    assert (room.frame(WALL, "serve").leader, room.frame(WALL, "serve").heard) == ("life", 7)
+    room.refuse("no")
+    assert (room.frame(WALL, "serve").leader, room.frame(WALL, "serve").heard) == ("", 0)
+    assert not room.in_contact(NOW)
+
+
+def test_a_silence_that_was_announced_ends_nothing() -> None:
+    room = follower(engine="up", ran=Started("group", 1))
+    room.hear(epoch(1, pause=8.0), NOW)
+    assert room.over(NOW + DEADLINE + 8.0) == ""
+    assert room.over(NOW + DEADLINE + 8.1) == "the leader at 10.0.0.1:7100: no sign of life for 2 s"
+    room.hear(epoch(1, life="the next life"), NOW + 5)
+    assert room.over(NOW + 5 + DEADLINE + 0.1) != "", "once"
+    leading = opened()
+    heard(leading, group="group", epoch=1, engine="up", pause=8.0)
+    assert not leading.look(NOW + DEADLINE + 8.0)
+    heard(leading, NOW + 5, group="group", epoch=1, engine="up")
+    assert leading.look(NOW + 5 + DEADLINE + 0.1)
+
+
 def test_a_follower_starts_once_in_an_epoch() -> None:
     room = follower()
     room.hear(epoch(1), NOW)

@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from procs.coordinator.group.group import TICK_SECONDS
+from procs.coordinator.group.group import PAUSE_SECONDS, TICK_SECONDS
 from tests.conftest import SOAK
 from tests.group_world import DEADLINE, Node, World
 
-AGREE_SECONDS = 4 * DEADLINE
-"""From the last fault to one epoch: a node that was replaced waits for the deadline, the rest is clearing and frames."""
+AGREE_SECONDS = PAUSE_SECONDS + 4 * DEADLINE
+"""From the last fault to one epoch: a node that was replaced waits until the silence of its earlier life means something."""
 ranks = st.sampled_from([0, 0, 0, 1, 2, 3, 4])
 """Of the largest group, taken modulo its size: so a shrunk example stays one. Most depends on the leader."""
 seconds = st.sampled_from([0.0, 0.2, 0.5, 1.0, 1.8, 2.2, 5.0])
@@ -109,11 +109,11 @@ class GroupMachine(RuleBasedStateMachine):
         self.world.after(length, lambda: setattr(node, "slow", False))
         self.world.passes(then)
 
-    @rule(rank=ranks, arrived=frames, engine_too=st.booleans(), length=seconds, then=ticks)
-    def a_coordinator_dies(self, rank: int, arrived: int, engine_too: bool, length: float, then: int) -> None:
+    @rule(rank=ranks, arrived=frames, how=st.sampled_from(["killed", "restarted", "with its engine"]), length=seconds, then=ticks)
+    def a_coordinator_ends(self, rank: int, arrived: int, how: str, length: float, then: int) -> None:
         node = self.node(rank)
-        self.world.end_coordinator(node, arrived=arrived)
-        if engine_too:
+        self.world.end_coordinator(node, arrived=arrived, announced=how == "restarted")
+        if how == "with its engine":
             self.world.kill(node)
         self.world.after(length, lambda: self.world.begin(node))
         self.world.passes(then)

@@ -16,7 +16,7 @@ from tests.groups import dist_port
 
 LIMIT_SECONDS = 30.0
 """To agree, on cores that others use as well."""
-KINDS = ["engine"] * 13 + ["coordinator"] * 6 + ["node"]
+KINDS = ["engine"] * 14 + ["coordinator"] * 4 + ["coordinator restarted", "node"]
 """What is killed, as often as it is here: a node's end costs the deadline."""
 
 
@@ -65,12 +65,12 @@ class Rooms:
             if kind == "engine":
                 room.kill_engine()
                 continue
-            room.kill_coordinator() if kind == "coordinator" else room.kill_node()
-            again = room.start_coordinator if kind == "coordinator" else room.start_node
+            {"coordinator": room.kill_coordinator, "node": room.kill_node}.get(kind, room.stop_coordinator)()
+            again = room.start_node if kind == "node" else room.start_coordinator
             asyncio.get_running_loop().call_later(pause, again)
             needed = max(needed, at + (DEADLINE if kind == "node" and room.rank else pause))
         kinds = {kind for kind, _ in killed}
-        if kinds == {"coordinator"}:
+        if kinds <= {"coordinator", "coordinator restarted"}:
             await self.until(lambda: self.in_contact(at), f"no contact with {[room.rank for _, room in killed]}")
             assert self.whole(), "a coordinator's death has cost an epoch"
             assert self.leader.runs() == before
