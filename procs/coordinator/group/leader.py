@@ -57,6 +57,8 @@ class Leader:
     _ended: int = 1
     """The first frame that says that no epoch is open."""
     _opened: float = 0.0
+    _nodes: dict[int, str] = field(default_factory=dict)
+    """Which node each rank was when the epoch opened: another one may not slip into it."""
 
     def __post_init__(self) -> None:
         self.ranks = {rank: Rank(self.now) for rank in range(1, self.nnodes)}
@@ -108,9 +110,14 @@ class Leader:
                 return f"{name}: no sign of life for {self.deadline:g} s"
             if member is None:
                 continue  # a leader that has just come back: it has until the deadline
+            if self._nodes.get(number, member.node) != member.node:
+                return f"{name}: it was started again"
             if self._is_here(member):
+                self._nodes[number] = member.node  # known again after a restart of this coordinator
                 if member.engine not in RUNS:
                     return f"{name}: {member.reason or 'its engine is gone'}"
+            elif number not in self._nodes:
+                return f"{name}: it has no engine of epoch {self.epoch}"
             elif now - self._opened > START_SECONDS:
                 return f"{name}: its engine was not started within {START_SECONDS:.0f} s"
         return ""
@@ -185,6 +192,7 @@ class Leader:
         assert not self.open
         self.epoch, self.open, self._opened = self.epoch + 1, True, now
         self.engine = "up"
+        self._nodes = {number: rank.member.node for number, rank in self.ranks.items() if rank.member is not None}
         return Started(self.group, self.epoch)
 
     # --- saying ---
