@@ -93,9 +93,9 @@ class Scene:
     def runtime(self) -> Runtime:
         return self.runtimes[-1]
 
-    def engine(self, incarnation: int = 1, state: str = "ready", *, replay: bool = True, ranks: tuple[int, ...] = (0,)) -> None:
+    def engine(self, incarnation: int = 1, state: str = "ready", *, replay: bool = True) -> None:
         where = KvSource(self.player.events, self.player.replay if replay else None)
-        info = kv_sources.say(KvSources(BLOCK, dict.fromkeys(ranks, where)))
+        info = kv_sources.say(KvSources(BLOCK, {0: where}))
         self.kv.hear(Beat("engine", 1, state, "", 0.0, "", incarnation, 0, {}, info))
 
     def workers(self, *workers: int) -> None:
@@ -228,11 +228,17 @@ def test_a_new_engine_whose_predecessor_s_death_was_not_heard_begins_with_none()
 
 def test_each_dp_rank_is_a_source_of_its_own() -> None:
     async def test(scene: Scene) -> None:
-        scene.player.say(stored([1]))
-        scene.engine(ranks=(2, 3))
-        scene.workers(7)
-        await scene.known({(7, 2): [1], (7, 3): [1]})
-        assert {"kv_blocks_dp2", "kv_blocks_dp3"} <= scene.kv.numbers().keys()
+        with Player() as other:
+            ranks = {2: KvSource(scene.player.events, scene.player.replay), 3: KvSource(other.events, other.replay)}
+            info = kv_sources.say(KvSources(BLOCK, ranks))
+            scene.player.say(stored([1]))
+            scene.kv.hear(Beat("engine", 1, "ready", "", 0.0, "", 1, 0, {}, info))
+            scene.workers(7)
+            await scene.known({(7, 2): [1], (7, 3): []})
+            other.say(stored([1]), stored([5], 1))
+            await scene.known({(7, 2): [1], (7, 3): [1, 5]})
+            assert scene.kv.numbers()["kv_blocks_dp2"] == 1 and scene.kv.numbers()["kv_blocks_dp3"] == 2
+            scene.kv.dead(1)
 
     run(test)
 
