@@ -324,6 +324,7 @@ class Coordinator:
             return
         try:
             info = await self._call("supervisor.getProcessInfo", "engine")
+            self._starting = False  # supervisord has an answer, also to a start that it was slow to confirm
             if node_state(self._facts()).state in READY_STATES:
                 self._policy.ready(time.monotonic())
                 self._crashes.last_log = []
@@ -349,13 +350,13 @@ class Coordinator:
                 await self._ask_start()
             self._program.look(await self._call("supervisor.getProcessInfo", "engine"), time.monotonic(), "")
         except xmlrpc.client.Fault as fault:
+            self._starting = False
             if fault.faultCode in (supervisord.SHUTDOWN_STATE, supervisord.ALREADY_STARTED):
                 raise
             self._gone = f"the engine could not be started: {fault.faultString}"
             self._program.not_started(fault.faultString, time.monotonic())
-        finally:
-            self._starting = False
-            self._tell_group()
+        self._starting = False
+        self._tell_group()
 
     async def _ask_start(self) -> None:
         if self._config.nnodes > 1:

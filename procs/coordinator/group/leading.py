@@ -21,6 +21,8 @@ from shared.frames import Member, Refused
 from shared.state import State
 
 BIND_AGAIN_SECONDS = 1.0
+SETTLE_SECONDS = 0.005
+"""All ranks speak at the same moments: an answer to each of them would be nnodes**2 frames."""
 LEFT = (State.DRAINED, State.WAITING, State.STARTING, State.STOPPED)
 """States of an agent that has no stream and gets none while the node drains."""
 
@@ -40,6 +42,8 @@ class Leading(Group):
         self._state = self._progress = self._waiting_for = ""
         self._stopping = False
         self._workers: list[str] = []
+        self._soon: asyncio.TimerHandle | None = None
+        self._news = False
 
     def begin(self, document: dict[str, Any], *, alive: bool) -> None:
         config, now = self._config, time.monotonic()
@@ -87,15 +91,29 @@ class Leading(Group):
         was = rank.member if rank is not None else None
         refused = self._leader.hear(member, now, time.time())
         if refused is None:
-            self._look(now)
-            if was is None or _news(was) != _news(member):
-                self._say(now)
-                self._on_change()
+            news = was is None or _news(was) != _news(member)
+            self._news = self._news or news
+            if was is None or was.life != member.life:
+                self._look(now)  # before anything is said to it: an open epoch may not be for it
+            if (news or not self._leader.open) and self._soon is None:
+                self._soon = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._settled)
         return refused
+
+    def _settled(self) -> None:
+        """What many ranks said at once is looked at once, and answered with one frame each."""
+        self._soon, news, self._news = None, self._news, False
+        now = time.monotonic()
+        self._look(now)
+        if news:
+            self._say(now)
+            self._on_change()
 
     def _look(self, now: float) -> None:
         if self._leader.look(now):
             self._ended(now)
+        elif not self._leader.open and self._leader.engine in RUNS:
+            # Of an epoch that nobody remembers, or one whose end has not reached it.
+            self._over(self._leader.reason or "no epoch is open", self._leader.orderly)
         differences = self._leader.differences()
         if differences != self._differences:
             for line in differences:
@@ -125,6 +143,8 @@ class Leading(Group):
 
     def close(self, *, leaving: bool) -> None:
         self._task.cancel()
+        if self._soon is not None:
+            self._soon.cancel()
         if self._link is not None:
             if leaving:
                 self._leader.end("the leader has stopped", orderly=True)

@@ -78,10 +78,14 @@ class LeaderLink:
     def _receive(self, parts: list[bytes]) -> None:
         if len(parts) != 2 or (member := self._decoder.decode(parts[1])) is None:
             return
+        before = self._peers.get(member.node_rank)
+        self._peers[member.node_rank] = parts[0]  # what it says may be answered at once
         refused = self._hear(member)
         if refused is None:
-            self._peers[member.node_rank] = parts[0]
             return
+        del self._peers[member.node_rank]
+        if before is not None:
+            self._peers[member.node_rank] = before
         self._log(refused.reason)
         self._send(parts[0], encode(refused))
 
