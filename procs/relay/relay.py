@@ -49,10 +49,10 @@ class Relay:
         try:
             await end.wait()
         finally:
+            self._kv.close()
             self._heart.set(State.STOPPED)
             for task in self._scrapes:
                 task.cancel()
-            self._kv.close()
             states.close()
             self._metrics.close()
             context.term()

@@ -179,3 +179,12 @@ def test_kv_use_is_handed_on_repeated_and_gone_with_its_engine(tmp_path: Path) -
         assert scene.relay._states.dropped == 1
 
     run(tmp_path, test)
+
+
+def test_its_last_word_is_that_it_has_stopped(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        scene.running.cancel()
+        await asyncio.wait([scene.running])
+        assert scene.relay._heart.state == "stopped"
+
+    run(tmp_path, test)
