@@ -22,6 +22,8 @@ APART_SECONDS = 60.0 if SOAK else 5.0
 TOKENS = 24
 """A tp=2 group on two cores makes some 30 tokens/s."""
 LONG = 3000
+BACKOFF_SECONDS = 2.0
+"""At most, for the deaths here."""
 
 
 class TwoHosts:
@@ -178,18 +180,20 @@ def _one_end(
     )  # fmt: skip
     assert ended < DEADLINE + 0.5
     assert cleared < DEADLINE + 1.0
-    # One start varies by seconds on a shared machine; back-off is a second or two here.
-    assert ready < 1.25 * two.start_seconds + 3 + 2
+    assert ready < two.start_seconds + 3 + BACKOFF_SECONDS
     two.complete()
 
 
-def test_the_leader_first_and_a_follower_much_later(two: TwoHosts) -> None:
-    leader, follower = two.nodes
-    epoch = two.epoch
-    follower.terminate()
-    assert follower.wait_stopped(60) == 0
-    wait_for("no process left", lambda: not marked_pids(follower.runtime_dir), 5)
-    _alone(leader, "rank 1 of 2 not seen, ")
-    follower.start()
-    two.wait_ready(epoch + 1)
-    two.complete()
+if SOAK:  # with synthetic engines both orders are in tests/node/test_group.py
+
+    @pytest.mark.soak
+    def test_the_leader_first_and_a_follower_much_later(two: TwoHosts) -> None:
+        leader, follower = two.nodes
+        epoch = two.epoch
+        follower.terminate()
+        assert follower.wait_stopped(60) == 0
+        wait_for("no process left", lambda: not marked_pids(follower.runtime_dir), 5)
+        _alone(leader, "rank 1 of 2 not seen, ")
+        follower.start()
+        two.wait_ready(epoch + 1)
+        two.complete()

@@ -481,7 +481,7 @@ def test_random_kills_never_leave_two_epochs_or_a_hang(
     watcher.start()
     took = []
     try:
-        for _ in range(rounds(50) * 3):
+        for _ in range(rounds(150)):
             group.leader.sgnode("restart", "engine")  # deaths that are meant shall not become a crash loop
             group.wait_ready(60)
             for _ in range(chance.choice((1, 1, 2))):

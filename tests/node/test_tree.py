@@ -114,7 +114,7 @@ def test_two_nodes_of_one_machine_do_not_collide(make_node: Make) -> None:
 
 
 def test_supervisorctl_understands_agent(make_node: Make) -> None:
-    node = make_node("--agents", "2").start().wait_ready(40)
+    node = make_node("--agents", "2", "--drain-grace", "0.5").start().wait_ready(40)
     before = {name: node.pid(name) for name in ("agent:0", "agent:1", "engine")}
     assert min(before.values()) > 0
     done = node.sgnode("ctl", "restart", "agent")
