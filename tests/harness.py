@@ -22,6 +22,8 @@ from shared.errors import NodeError
 SGNODE = str(Path(sys.executable).with_name("sgnode"))
 CPU = ["--max-total-tokens", "65536"]
 """On top of `sgnode serve`'s own defaults for a host without a GPU."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Environment of engines that share the host's cores: with two threads each, all spinning, they make a tenth of the tokens."""
 
 
 class Deadline(AssertionError):

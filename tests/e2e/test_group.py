@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import SOAK
 from tests.e2e.conftest import MODEL
-from tests.harness import CPU, Node, gone, marked_pids, send, wait_for
+from tests.harness import CPU, ONE_THREAD, Node, gone, marked_pids, send, wait_for
 from tests.hosts import CABLE, CLIENT, Hosts
 from tests.streams import Streams
 
@@ -35,7 +35,12 @@ class TwoHosts:
         group = ["--nnodes", "2", "--tp-size", "2", "--dist-init-addr", f"{CABLE[0]}:29500"]
         for rank in (0, 1):
             flags = [str(model), "--served-model-name", MODEL, *CPU, *group, "--node-rank", str(rank)]
-            env = {"GLOO_SOCKET_IFNAME": hosts.ends[rank], "SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_HOST_IP": CABLE[rank]}
+            env = {
+                **ONE_THREAD,
+                "GLOO_SOCKET_IFNAME": hosts.ends[rank],
+                "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
+                "SGLANG_HOST_IP": CABLE[rank],
+            }
             node = Node(*flags, "--http-host", CLIENT[1], "--drain-grace", "1", name=f"host{rank}", env=env)
             node.program = [*hosts.enter(rank), *node.program]
             node.address = CLIENT[1]

@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL
 from tests.frontend import Frontend
-from tests.harness import CPU, Node, instances, send, wait_for
+from tests.harness import CPU, ONE_THREAD, Node, instances, send, wait_for
 from tests.streams import Result, Streams
 
 STREAMS = 8
@@ -41,7 +41,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     store = tmp_path_factory.mktemp("cluster") / "store"
-    env = {"DYN_FILE_KV": str(store)}
+    env = {"DYN_FILE_KV": str(store), **ONE_THREAD}
     arguments = [str(model), "--served-model-name", MODEL, *CPU, "--no-frontend"]
     with (
         Node(*arguments, name="one", env=env) as one,
@@ -147,7 +147,8 @@ def test_both_nodes_restarted_under_load_fail_no_request(cluster: Cluster) -> No
                     tokens = next(todo, None)
                 if tokens is None:
                     return
-                time.sleep(thinking.uniform(0, 2))  # so that the requests last as long as two restarts
+                if not done.is_set():
+                    time.sleep(thinking.uniform(0, 4))  # so that the requests last as long as two restarts
                 result = streams.start(cluster.migrating.url, MODEL, 1, tokens)[0]
                 streams.join()
                 with lock:
