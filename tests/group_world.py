@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from procs.coordinator.group.follower import Follower
-from procs.coordinator.group.group import BEAT_SECONDS, PAUSE_SECONDS, TICK_SECONDS
+from procs.coordinator.group.group import PAUSE_SECONDS, TICK_SECONDS
 from procs.coordinator.group.leader import RUNS, Leader
 from shared.epoch import Started
 from shared.frames import Epoch, Member, Refused
+from shared.state import BEAT_SECONDS
 
 DEADLINE = 2.0
 CLEARING_SECONDS = 0.3

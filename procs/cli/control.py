@@ -115,8 +115,6 @@ def restart(argv: list[str]) -> int:
         rolling.restart_agents(directory, [name], patience, _say)
     elif name in SIDE:
         rolling.restart(directory, name, patience, _say)
-    elif (group := rolling.document(directory).get("group")) is not None and name in (None, "engine", "keeper"):
-        _restart_group(directory, patience, group["leader"], everything=name is None)
     elif name in (None, "engine", "keeper"):
         _restart_engine(directory, patience, everything=name is None)
     else:
@@ -124,25 +122,22 @@ def restart(argv: list[str]) -> int:
     return 0
 
 
-def _restart_group(directory: Path, patience: float, leader: str, *, everything: bool) -> None:
-    config = configuration.load(directory)
+def _restart_engine(directory: Path, patience: float, *, everything: bool) -> None:
+    config, status = configuration.load(directory), rolling.document(directory)
     if not config.leads:
+        host, port = config.group_address
         raise NodeError(
             f"rank {config.node_rank} of {config.nnodes}: the engines of a group restart together; type `sgnode restart engine` "
-            f"on rank 0 ({leader}). For this node alone: `sgnode restart relay|prober|coordinator`, or stop it and start it again"
+            f"on rank 0 ({host}:{port}). For this node alone: `sgnode restart relay|prober|coordinator`, or stop it and start it "
+            "again"
         )
-    _restart_engine(directory, patience, everything=everything)
-
-
-def _restart_engine(directory: Path, patience: float, *, everything: bool) -> None:
-    status = rolling.document(directory)
     before, incarnation = status["want"], status["incarnation"]
     if before == "stop":
         raise NodeError("the node is stopping")
     what = "sgnode restart" + ("" if everything else " engine")
     try:
         rolling.drain(directory, f"drained by `{what}`", patience, _say)
-        if configuration.load(directory).nnodes > 1:
+        if config.nnodes > 1:
             rolling.restart_group(directory, _say)
         else:
             rolling.restart(directory, "engine", patience, _say)

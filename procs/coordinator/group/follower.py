@@ -52,6 +52,11 @@ class Follower:
     def in_contact(self, now: float) -> bool:
         return self.said is not None and now - self._since <= self.deadline + self.said.pause
 
+    @property
+    def is_ours(self) -> bool:
+        """The leader's word is about the epoch that our engine was started for."""
+        return self.said is not None and (self.said.group, self.said.epoch) == (self.ran.group, self.ran.epoch)
+
     def over(self, now: float) -> str:
         """Why an engine of ours may not go on; empty while its epoch is open, and for one that isn't there."""
         if self.engine == "none":
@@ -63,7 +68,7 @@ class Follower:
         said = self.said
         if said is None:
             return ""  # a coordinator that has just come back: the leader has until the deadline
-        if (said.group, said.epoch) != (self.ran.group, self.ran.epoch):
+        if not self.is_ours:
             return f"epoch {self.ran.epoch} is over, the leader is at epoch {said.epoch}"
         return "" if said.open else said.reason or "the epoch is over"
 
@@ -82,7 +87,7 @@ class Follower:
             return f"rank 0 of {self.nnodes} (the leader, {self.place}) not seen, {now - self._since:.0f} s{more}"
         if not said.open:
             return said.waiting_for or "the next epoch"
-        if (said.group, said.epoch) == (self.ran.group, self.ran.epoch):
+        if self.is_ours:
             return f"the end of epoch {said.epoch}: its engine here is gone"
         return ""
 

@@ -10,7 +10,7 @@ from typing import Any
 import zmq
 
 from procs.coordinator.group.follower import Follower
-from procs.coordinator.group.group import BEAT_SECONDS, PAUSE_SECONDS, TICK_SECONDS, Group, Over
+from procs.coordinator.group.group import PAUSE_SECONDS, TICK_SECONDS, Group, Over
 from procs.coordinator.group.leader import RUNS
 from procs.coordinator.group.leading import host_name
 from procs.coordinator.group.link import FollowerLink
@@ -19,6 +19,7 @@ from shared import epoch
 from shared import group_key as key
 from shared.config import NodeConfig
 from shared.frames import FromLeader, Refused
+from shared.state import BEAT_SECONDS
 
 
 class Following(Group):
@@ -125,7 +126,7 @@ class Following(Group):
         follower, said = self._follower, self._follower.said
         if said is None or not said.open or not follower.in_contact(time.monotonic()):
             return False
-        return (said.group, said.epoch) == (follower.ran.group, follower.ran.epoch) and follower.engine in RUNS
+        return follower.is_ours and follower.engine in RUNS
 
     def workers(self, facts: Facts) -> list[str]:
         return [] if self._follower.said is None else self._follower.said.workers

@@ -7,8 +7,6 @@ from procs.coordinator.node import Facts, NodeState
 
 TICK_SECONDS = 0.1
 """How often deadlines are looked at."""
-BEAT_SECONDS = 0.5
-"""Interval of Member and Epoch frames, beside those at each change."""
 PAUSE_SECONDS = 8.0
 """For a coordinator that is restarted to be heard again: stop, start and connection on a host under load."""
 Over = Callable[[str, bool], None]

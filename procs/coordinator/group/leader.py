@@ -158,7 +158,7 @@ class Leader:
         return ""
 
     def differences(self) -> list[str]:
-        """One line for each fact in which a rank is not as the leader, and for each that is claimed twice."""
+        """One line for each fact in which a rank is not as the leader, and for each clock that is off."""
         found = []
         for number, rank in self.ranks.items():
             member = rank.member

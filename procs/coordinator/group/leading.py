@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from procs.coordinator.group.group import BEAT_SECONDS, PAUSE_SECONDS, TICK_SECONDS, Group, Over
+from procs.coordinator.group.group import PAUSE_SECONDS, TICK_SECONDS, Group, Over
 from procs.coordinator.group.leader import RUNS, Leader
 from procs.coordinator.group.link import LeaderLink, tcp
 from procs.coordinator.node import Facts, NodeState
@@ -18,7 +18,7 @@ from shared import epoch
 from shared import group_key as key
 from shared.config import NodeConfig
 from shared.frames import Member, Refused
-from shared.state import State
+from shared.state import BEAT_SECONDS, State
 
 BIND_AGAIN_SECONDS = 1.0
 SETTLE_SECONDS = 0.005
