@@ -70,6 +70,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Arguments for SGLang and Dynamo's worker as the user gave them, the YAML file already merged in."""
     synthetic: Synthetic | None = None
     dynamo: Dynamo = Dynamo()
+    text_mode: bool = False
+    """--use-sglang-tokenizer: text goes to the engine and comes from it."""
     enable_metrics: bool = False
     tp_size: int = 1
     dp_size: int = 1

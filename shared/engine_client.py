@@ -35,7 +35,7 @@ from shared.frames import (
 )
 from shared.merge import merge
 from shared.sockets import Decoder, LoopSocket, encode
-from shared.state import BEAT_SECONDS, LOST, Board, State
+from shared.state import BEAT_SECONDS, LOST, UP, Board, State
 
 HELLO_SECONDS = 1.0
 """An unanswered Hello is repeated: the ROUTER may have bound after the Beat that announced it."""
@@ -157,7 +157,7 @@ class EngineClient:
             self._drop("the engine was started again")
         elif beat.state in (State.STOPPED, State.FAILED):
             self._drop(f"the engine has {beat.state}")
-        if beat.state == State.READY and self._socket is None and beat.incarnation > self._dead:
+        if beat.state in UP and self._socket is None and beat.incarnation > self._dead:
             self._connect(beat.incarnation)
 
     def hear_death(self, death: Death) -> None:
@@ -283,7 +283,7 @@ class EngineClient:
                 if frame.error is None:
                     future.set_result(frame.result)
                 else:
-                    future.set_exception(RequestError(Code.INTERNAL, frame.error))
+                    future.set_exception(RequestError(_code(frame.code), frame.error))
         elif isinstance(frame, Welcome):
             if frame.incarnation == self._incarnation and self.welcome is None:
                 self.welcome = frame

@@ -20,6 +20,8 @@ class Code(enum.StrEnum):
     """Tokens are missing in the stream (an offset did not follow): migratable for this request only."""
     OVERLOADED = "overloaded"
     """A bound was reached: migratable for this request only."""
+    UNKNOWN = "unknown"
+    """There is no control of that name."""
     INTERNAL = "internal"
     """A defect: an untyped error for the client."""
 

@@ -95,6 +95,18 @@ class EngineFacts(Frame, tag="EngineFacts"):
     """Engine-specific entries of the model card: name -> JSON text (ModelRuntimeConfig.set_engine_specific)."""
     metrics_dir: str | None = None
     """PROMETHEUS_MULTIPROC_DIR of this incarnation, when the engine writes metrics."""
+    bootstrap_host: str | None = None
+    """Where other engines of a disaggregated deployment reach this one, with ``bootstrap_port``."""
+    bootstrap_port: int | None = None
+    fake_bootstrap_host: str | None = None
+    """SGLang's name for a transfer that is skipped; for canaries of prefill and decode."""
+    skip_tokenizer_init: bool = False
+    traces: bool = False
+    """The engine wants trace headers."""
+    uploads: bool = False
+    """Metadata goes to the client's own store when a request says so (--enable-rl)."""
+    max_loras: int | None = None
+    """Adapters that a batch may use; None when the engine serves none."""
 
 
 class Welcome(Frame, tag="Welcome"):
@@ -125,6 +137,8 @@ class Output(Frame, tag="Output"):
     token_ids: list[int]
     finish: dict[str, Any] | None = None
     meta: dict[str, Any] | None = None
+    text: str | None = None
+    """New text, in text mode only."""
 
 
 class Step(Frame, tag="Step"):
@@ -149,6 +163,8 @@ class ControlDone(Frame, tag="ControlDone"):
     id: int
     error: str | None
     result: Any = None
+    code: str = ""
+    """One of shared.errors.Code, with an error."""
 
 
 FromEngine = Welcome | Refused | Step | Failed | ControlDone
@@ -201,6 +217,20 @@ class KvUse(Frame, tag="KvUse"):
     prefix_hit_rate: float
 
 
+class Serving(Frame, tag="Serving"):
+    """What an engine serves beside its base model, twice a second and at each change; agents make discovery follow.
+
+    ``paused``: generation is paused, nothing is to be routed here. ``asleep``: its memory is released as well. ``adapters``: LoRA
+    adapters by name, with Dynamo's id. ``taints``: routing taints of the model card; None: as the card has them.
+    """
+
+    incarnation: int
+    paused: bool = False
+    asleep: bool = False
+    adapters: dict[str, int] = {}
+    taints: list[str] | None = None
+
+
 class Verdict(Frame, tag="Verdict"):
     """The prober's word on an incarnation: healthy or not, and why. Repeated twice a second."""
 
@@ -221,13 +251,13 @@ class Intent(Frame, tag="Intent"):
     hurry: bool = False
 
 
-EngineState = Beat | KvUse
+EngineState = Beat | KvUse | Serving
 KeeperState = Beat | Death
 RelayState = Beat | KvUse
 ProberState = Beat | Verdict
 CoordinatorState = Beat | Death | Intent
 AgentState = Beat
-AnyState = Beat | Death | KvUse | Verdict | Intent
+AnyState = Beat | Death | KvUse | Serving | Verdict | Intent
 
 
 # --- the group: a follower's coordinator (DEALER) -> the leader's (ROUTER) and back, over TCP --------------------------

@@ -30,6 +30,8 @@ class State(enum.StrEnum):
     STOPPED = "stopped"
 
 
+UP = (State.READY, State.PAUSED, State.SLEEPING)
+"""States of an engine that answers: what it may be asked for differs."""
 LOST = "lost"
 """Not a state that a process reports: its beats stopped coming."""
 

@@ -7,13 +7,17 @@ index. For Llama and Qwen3 on a CPU without AMX, SGLang falls back to native tor
 
 What it is not: a kernel library. Every other ``*_cpu`` name can be imported and raises
 ``NotImplementedError`` when called (so speculative decoding, AMX attention and quantised CPU paths do
-not work), and no ``torch.ops.sgl_kernel`` operator is registered, because SGLang takes a registered
-operator as a promise. It never goes onto a GPU host: there the real ``sglang-kernel`` is installed.
+not work). Of ``torch.ops.sgl_kernel`` only four operators are there, which SGLang's Qwen3.5 model file
+names when it is imported (dynamo.sglang imports it for every model): calling one raises too. SGLang takes
+any other registered operator as a promise. It never goes onto a GPU host: there the real ``sglang-kernel`` is installed.
 
 On a host without CUDA it also replaces ``torch.cuda.Event`` by one that does nothing, which SGLang's
-overlap scheduling creates during prefill/decode disaggregation even on a CPU.
+overlap scheduling creates during prefill/decode disaggregation even on a CPU, and page-locked memory
+by ordinary memory: SGLang's LoRA asks for it on every device, and only a GPU's driver has it.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +63,17 @@ class _NullEvent:
         return True
 
 
+def _without_pinning(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A function of torch that makes a tensor, deaf to ``pin_memory``."""
+
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("pin_memory", None)
+        return make(*args, **kwargs)
+
+    return made
+
+
 def __getattr__(name: str) -> Any:
     if not name.endswith("_cpu"):
         raise AttributeError(f"module 'sgl_kernel' (CPU stand-in) has no attribute {name!r}")
@@ -72,3 +87,17 @@ def __getattr__(name: str) -> Any:
 
 if not torch.cuda.is_available():
     torch.cuda.Event = _NullEvent  # type: ignore[misc, assignment]
+    torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign]
+    # Those that SGLang 0.5.23 calls with pin_memory=True for its LoRA backend torch_native (srt/lora).
+    for _name in ("tensor", "empty", "zeros"):
+        setattr(torch, _name, _without_pinning(getattr(torch, _name)))
+
+_NAMED_AT_IMPORT = (
+    "fused_sigmoid_mul_cpu",
+    "fused_qk_gemma_rmsnorm_cpu",
+    "fused_qk_gemma_rmsnorm_with_gate_cpu",
+    "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+)
+_library = torch.library.Library("sgl_kernel", "FRAGMENT")
+for _name in _NAMED_AT_IMPORT:
+    _library.define(f"{_name}(Tensor x) -> Tensor")

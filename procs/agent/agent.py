@@ -11,13 +11,14 @@ from typing import Any
 
 import zmq
 
+from procs.agent.controls import Controls
 from procs.agent.drain import Drain
 from procs.agent.handler import Handler
 from procs.agent.identity import Identity
 from procs.agent.reach import endpoints, reachable
 from shared.config import NodeConfig
 from shared.engine_client import EngineClient
-from shared.frames import AnyState, Beat, Death, Intent, KvUse, Verdict
+from shared.frames import AnyState, Beat, Death, Intent, KvUse, Serving, Verdict
 from shared.heart import Heart
 from shared.roles import find
 from shared.sockets import Decoder, LoopSocket, subscriber
@@ -30,6 +31,8 @@ RETRY_SECONDS = 1.0
 """After discovery refused a registration or a withdrawal."""
 REGISTER_SECONDS = 120.0
 """For one registration: the first one reads the tokenizer, and may fetch it."""
+HEARD_SECONDS = 5.0
+"""For the engine's state to come after its answer; it is repeated twice a second."""
 WITHDRAW_SECONDS = 5.0
 """For one withdrawal: a millisecond's work; a drain goes on without it."""
 
@@ -46,6 +49,9 @@ class Agent:
         self._intent: Intent | None = None
         self._verdict: Verdict | None = None
         self._engine: Beat | None = None
+        self._serving: Serving | None = None
+        self._served = asyncio.Event()
+        """Set at each new Serving."""
         self._registered = False
         self._listed = False
         """May be in discovery: a registration was begun, and no withdrawal has come through since."""
@@ -63,7 +69,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._ask_stop)
-        role = find(config.role)
+        role = find(config.role, text=config.text_mode)
         self._client = EngineClient(config.path, self._name)
         self._client.on_change = self._changed.set
         self._handler = Handler(self._client, role, lambda: self._refusing)
@@ -82,6 +88,7 @@ class Agent:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._ask_stop)
         self._identity.on_end = self._changed.set
+        self._identity.controls = Controls(self._client, self._publish_adapter, self._revoke_adapter).endpoints
         self._heart.set(
             State.WAITING,
             waiting_for="the engine",
@@ -157,6 +164,11 @@ class Agent:
                 if self._intent is None or (frame.want, frame.hurry) != (self._intent.want, self._intent.hurry):
                     self._intent = frame
                     self._changed.set()
+            case Serving():
+                if self._serving != frame:
+                    self._serving = frame
+                    self._served.set()
+                    self._changed.set()
             case KvUse():
                 if self._registered and self._engine is not None and frame.incarnation == self._engine.incarnation:
                     self._identity.publish_load(frame)
@@ -209,7 +221,10 @@ class Agent:
                     logging.log(level, "%s", trouble or "the file store can be written again")
                     self._store_trouble = trouble
                 if self._registered:
-                    self._heart.set(State.READY, f"worker {self._identity.worker_id}{trouble and f'; {trouble}'}")
+                    await self._follow_engine()
+                    info = {**self._heart.beat.info, "adapters": ",".join(self._identity.adapters)}
+                    detail = f"worker {self._identity.worker_id}{trouble and f'; {trouble}'}"
+                    self._heart.set(State.READY, detail, info=info)
                 else:
                     waiting_for = "discovery" if self._discovery_trouble else unmet
                     self._heart.set(State.WAITING, trouble or self._discovery_trouble, waiting_for=waiting_for)
@@ -233,6 +248,29 @@ class Agent:
                 logging.info("withdrawing from discovery: %s", "draining" if self._draining else why)
             self._registered = False
             await self._discover(self._withdraw(), WITHDRAW_SECONDS)
+
+    async def _follow_engine(self) -> None:
+        """Adapters and taints of the engine that this worker is registered for."""
+        serving, welcome = self._serving, self._client.welcome
+        if serving is None or welcome is None or serving.incarnation != welcome.incarnation:
+            return
+        if time.monotonic() >= self._retry_at and not self._identity.follows(serving):
+            await self._discover(self._identity.follow(serving), REGISTER_SECONDS)
+
+    async def _publish_adapter(self, name: str, number: int) -> None:
+        await self._hear_adapter(name, there=True)
+        await self._identity.publish(name, number)
+
+    async def _revoke_adapter(self, name: str) -> None:
+        await self._hear_adapter(name, there=False)
+        await self._identity.revoke(name)
+
+    async def _hear_adapter(self, name: str, *, there: bool) -> None:
+        """The answer of a control may be here before the state that came of it: an older one would undo what follows."""
+        async with asyncio.timeout(HEARD_SECONDS):
+            while self._serving is None or (name in self._serving.adapters) != there:
+                self._served.clear()
+                await self._served.wait()
 
     async def _discover(self, call: Coroutine[Any, Any, None], seconds: float) -> None:
         self._discovery = asyncio.ensure_future(call)

@@ -8,7 +8,7 @@ from typing import Any
 from procs.agent.failures import abort_exception, exception
 from shared.engine_client import EngineClient, Stream, interleaved
 from shared.errors import Code, RequestError
-from shared.roles.role import Role
+from shared.roles.role import Asked, Chunk, Role
 
 
 class Handler:
@@ -25,7 +25,7 @@ class Handler:
         self.on_change: Callable[[], None] = lambda: None
         """Called when a request has ended."""
 
-    async def generate(self, request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
+    async def generate(self, request: dict[str, Any], context: Any) -> AsyncIterator[Chunk]:
         """Dynamo 1.6.1 calls this for each request; the second parameter must be called ``context``."""
         self.running += 1
         self.total += 1
@@ -33,18 +33,22 @@ class Handler:
         started = False
         killed: asyncio.Future[Any] | None = None
         try:
-            self._submit(request, context, streams)
+            asked, opening = self._submit(request, context, streams)
             killed = asyncio.ensure_future(context.async_killed_or_stopped())
             killed.add_done_callback(lambda done: None if done.cancelled() else _abort(streams, context))
+            if opening is not None:
+                yield opening
             async for index, output in interleaved(streams):
                 if killed.done():
                     continue  # nobody listens; only the terminal outputs are waited for
                 if output.finish is not None and output.finish.get("type") == "abort":
                     raise abort_exception(output.finish)
+                chunk = self._role.to_dynamo(output, index, asked)
                 if not started:
                     started = True
                     context.notify_first_token()
-                yield self._role.to_dynamo(output, index, request)
+                if chunk is not None:
+                    yield chunk
         except RequestError as error:
             raise exception(error, started=started) from None  # Dynamo logs the whole chain
         finally:
@@ -56,20 +60,31 @@ class Handler:
             self.running -= 1
             self.on_change()
 
-    def _submit(self, request: dict[str, Any], context: Any, streams: list[Stream]) -> None:
+    def _submit(self, request: dict[str, Any], context: Any, streams: list[Stream]) -> tuple[Asked, Chunk | None]:
         """Submit every sample; ``streams`` has those that were, also when one is refused."""
         logging.debug("New Request ID: %s", context.id())
         if reason := self._refuse():
             raise RequestError(Code.DRAINING, reason)
         if self._client.welcome is None:
             raise RequestError(Code.ENGINE_DEAD, "no engine is up")
+        facts = self._client.welcome.facts
+        asked = Asked(request, facts, context.id(), context.trace_headers() if facts.traces else None)
+        try:
+            payloads = self._role.to_engine(asked)
+            opening = self._role.opening(asked, payloads[0])
+        except RequestError:
+            raise
+        except Exception as error:  # a defect of ours must not look like anything else
+            logging.exception("request %s was not understood", context.id())
+            raise RequestError(Code.INTERNAL, f"{type(error).__name__}: {error}") from None
         if self.first_token_source is not None:
             self.first_token_source.bind(context, (request.get("routing") or {}).get("dp_rank"))
-        for payload in self._role.to_engine(request, self._client.welcome.facts):
+        for payload in payloads:
             stream = self._client.submit(payload)
             streams.append(stream)
             self._streams.add(stream)
             logging.info("Submitted SGLang Request ID: %s, Context: %s", stream.rid, context.id())
+        return asked, opening
 
     def cut(self) -> None:
         """The drain deadline: what still runs ends with the migratable error."""
@@ -77,15 +92,6 @@ class Handler:
             if not stream.ended:
                 stream.abort()
                 stream.fail(RequestError(Code.ENGINE_DEAD, "the node is stopping"))
-
-    async def clear_kv_blocks(self, request: Any = None, context: Any = None) -> AsyncIterator[dict[str, Any]]:
-        """Dynamo's ``clear_kv_blocks`` endpoint: flush SGLang's cache when nothing runs."""
-        try:
-            await self._client.control("flush_cache", {})
-        except RequestError as error:
-            yield {"status": "error", "message": error.message}
-        else:
-            yield {"status": "success", "message": "KV cache cleared"}
 
 
 def _abort(streams: list[Stream], context: Any) -> None:

@@ -7,20 +7,23 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 from dynamo.common.utils.endpoint_types import parse_endpoint_types
 from dynamo.common.utils.prometheus import LLMBackendMetrics, register_engine_metrics_callback
 from dynamo.common.utils.topology import apply_topology_config
+from dynamo.health_check import HEALTH_CHECK_KEY, load_health_check_from_env
 from dynamo.llm import (
     ModelInput,
     ModelRuntimeConfig,
+    ModelType,
     WorkerMetricsPublisher,
     WorkerType,
     register_model,
     unregister_model,
+    update_model_taints,
 )
 from dynamo.runtime import DistributedRuntime
 from prometheus_client import CollectorRegistry
@@ -29,7 +32,7 @@ from procs.agent.handler import Handler
 from procs.agent.store import CARDS, INSTANCES, FileStore
 from shared.config import NodeConfig
 from shared.errors import NodeError
-from shared.frames import EngineFacts, KvUse, Welcome
+from shared.frames import EngineFacts, KvUse, Serving, Welcome
 from shared.registrations import Registration, hold
 from shared.roles.role import Role
 
@@ -45,6 +48,10 @@ class Identity:
         self._role = role
         self._handler = handler
         # Set before the runtime exists: it reads the variable once, and has no way to tell which port 0 became.
+        limit = config.dynamo.engine_request_limit
+        if limit is not None:
+            # The runtime's own admission, one of `agents` parts each.
+            os.environ["DYN_ENGINE_REQUEST_LIMIT"] = str(-(-limit // config.agents))
         host = os.environ.setdefault("DYN_SYSTEM_HOST", "127.0.0.1")
         port = _free_port(host)
         os.environ["DYN_SYSTEM_PORT"] = str(port)
@@ -58,7 +65,6 @@ class Identity:
             response_plane=dynamo.response_plane,
         )
         self._generate = self._runtime.endpoint(f"{dynamo.namespace}.{dynamo.component}.{dynamo.endpoint}")
-        self._clear = self._runtime.endpoint(f"{dynamo.namespace}.{dynamo.component}.clear_kv_blocks")
         worker = self._generate.connection_id()
         self.worker_id = str(worker)
         store = os.environ.get("DYN_FILE_KV", "") if dynamo.discovery_backend == "file" else ""
@@ -68,6 +74,13 @@ class Identity:
         self._closing = False
         self._withdrawn = False
         self._card: str = ""
+        self._welcome: Welcome | None = None
+        self._adapters: dict[str, int] = {}
+        """LoRA adapters whose cards are in discovery, with their ids."""
+        self._taints: list[str] | None = None
+        self._carding = asyncio.Lock()
+        self.controls: dict[str, Callable[..., AsyncIterator[dict[str, Any]]]] = {}
+        """Handlers of the worker's other endpoints, by name."""
         self.ended = ""
         """Why Dynamo's runtime serves no longer; empty while it does."""
         self.on_end: Callable[[], None] = lambda: None
@@ -79,6 +92,7 @@ class Identity:
 
         A card whose facts have changed with the engine is replaced; ``register_endpoint_instance`` alone keeps the old one.
         """
+        self._welcome = welcome
         if not self._serving:
             await self._serve(welcome.facts)
         card = _card_key(welcome.facts)
@@ -88,14 +102,67 @@ class Identity:
             if self._card:
                 logging.info("the engine's facts have changed: replacing the model card")
                 self._card = ""
+                for name in list(self._adapters):
+                    await self.revoke(name)
                 await unregister_model(self._generate)
             await self._register_model(welcome)
-            self._card = card
+            self._card, self._taints = card, None
         if self._withdrawn or self._expired(INSTANCES):
             await self._generate.register_endpoint_instance()
             self._withdrawn = False
         if self._gauges is not None:
             self._gauges.set_model_load_time(welcome.facts.load_seconds)
+
+    async def follow(self, serving: Serving) -> None:
+        """Make adapters' cards and the card's taints what the engine says. Raises what discovery raises."""
+        for name in self._adapters.keys() - serving.adapters.keys():
+            await self.revoke(name)
+        for name, number in serving.adapters.items():
+            await self.publish(name, number)
+        if serving.taints is not None and serving.taints != self._taints:
+            await update_model_taints(self._generate, set(serving.taints))
+            self._taints = serving.taints
+
+    def follows(self, serving: Serving) -> bool:
+        """Nothing is to be done for it."""
+        return serving.adapters == self._adapters and serving.taints in (None, self._taints)
+
+    async def publish(self, adapter: str, number: int) -> None:
+        """Put a LoRA adapter's card into discovery, once (dynamo.sglang 1.6.1, LoraMixin.load_lora)."""
+        async with self._carding:
+            if adapter in self._adapters:
+                return
+            assert self._welcome is not None
+            facts = self._welcome.facts
+            await register_model(
+                ModelInput.Tokens,
+                self._model_type(),
+                self._generate,
+                facts.model_path,
+                kv_cache_block_size=facts.block_size,
+                runtime_config=self._runtime_config(facts),
+                user_data={"lora_adapter": True, "lora_id": number},
+                lora_name=adapter,
+                base_model_path=facts.model_path,
+                worker_type=getattr(WorkerType, self._role.worker_type),
+                needs=self._needs,
+                ignore_weights=True,
+                max_gpu_lora_count=facts.max_loras,
+            )
+            self._adapters[adapter] = number
+            logging.info("adapter %s is in discovery", adapter)
+
+    async def revoke(self, adapter: str) -> None:
+        """Take a LoRA adapter's card out of discovery."""
+        async with self._carding:
+            if adapter in self._adapters:
+                await unregister_model(self._generate, lora_name=adapter)
+                del self._adapters[adapter]
+                logging.info("adapter %s is out of discovery", adapter)
+
+    @property
+    def adapters(self) -> list[str]:
+        return sorted(self._adapters)
 
     async def withdraw(self) -> None:
         """Take this instance out of discovery; requests that a router sent already are still served."""
@@ -144,25 +211,32 @@ class Identity:
         for rank in range(facts.dp_start, facts.dp_start + facts.dp_size):
             self._load.publish(rank, kv_used_blocks=0)
             self._gauges.set_total_blocks(str(rank), facts.total_kv_blocks or 0)
-        worker_type = getattr(WorkerType, self._role.worker_type)
-        self._handler.first_token_source = await self._generate.first_token_source(worker_type)
+        if self._role.generates and self._role.worker_type != "Prefill":
+            worker_type = getattr(WorkerType, self._role.worker_type)
+            self._handler.first_token_source = await self._generate.first_token_source(worker_type)
+        dynamo = self._config.dynamo
+        self._serve_endpoint(self._generate, self._handler.generate, facts, health_check_payload=self._canary(facts))
+        for name, handler in self.controls.items() if self._role.generates else ():
+            self._serve_endpoint(self._runtime.endpoint(f"{dynamo.namespace}.{dynamo.component}.{name}"), handler, facts)
+
+    def _serve_endpoint(self, endpoint: Any, handler: Callable[..., Any], facts: EngineFacts, **extra: Any) -> None:
         labels = [("model", facts.served_model_name)]
+        serving = asyncio.ensure_future(endpoint.serve_endpoint(handler, graceful_shutdown=True, metrics_labels=labels, **extra))
+        serving.add_done_callback(self._served)
+        self._serving.append(serving)
+
+    def _canary(self, facts: EngineFacts) -> dict[str, Any]:
+        """Dynamo's canary, or the operator's (DYN_HEALTH_CHECK_PAYLOAD); its mark stays (dynamo.health_check)."""
         payload = self._role.canary_request(facts)
-        for endpoint, handler, extra in (
-            (self._generate, self._handler.generate, {"health_check_payload": payload}),
-            (self._clear, self._handler.clear_kv_blocks, {}),
-        ):
-            serving = asyncio.ensure_future(
-                endpoint.serve_endpoint(handler, graceful_shutdown=True, metrics_labels=labels, **extra)
-            )
-            serving.add_done_callback(self._served)
-            self._serving.append(serving)
+        given = load_health_check_from_env()
+        mark = {HEALTH_CHECK_KEY: True} if payload.get(HEALTH_CHECK_KEY) else {}
+        return {**(given if given is not None else payload), **mark}
 
     async def _register_model(self, welcome: Welcome) -> None:
         facts, dynamo = welcome.facts, self._config.dynamo
         await register_model(
             getattr(ModelInput, self._role.model_input),
-            parse_endpoint_types(dynamo.endpoint_types),
+            self._model_type(),
             self._generate,
             dynamo.model_source_uri or facts.model_path,
             facts.served_model_name,
@@ -170,9 +244,18 @@ class Identity:
             runtime_config=self._runtime_config(welcome.facts),
             custom_template_path=dynamo.custom_jinja_template,
             worker_type=getattr(WorkerType, self._role.worker_type),
-            needs=[[getattr(WorkerType, name) for name in group] for group in self._role.needs],
+            needs=self._needs,
             model_aliases=dynamo.served_model_aliases or None,
+            max_gpu_lora_count=facts.max_loras,
         )
+
+    @property
+    def _needs(self) -> list[list[WorkerType]]:
+        return [[getattr(WorkerType, name) for name in group] for group in self._role.needs]
+
+    def _model_type(self) -> ModelType:
+        name = self._role.model_type
+        return getattr(ModelType, name) if name else parse_endpoint_types(self._config.dynamo.endpoint_types)
 
     def _runtime_config(self, facts: EngineFacts) -> ModelRuntimeConfig:
         """The card's runtime configuration, as dynamo.sglang 1.6.1 fills it (register.py, get_runtime_config)."""
@@ -189,8 +272,11 @@ class Identity:
         config.reasoning_parser = dynamo.reasoning_parser
         config.exclude_tools_when_tool_choice_none = dynamo.exclude_tools_when_tool_choice_none
         config.set_structural_tag(dynamo.structural_tag)
+        if facts.bootstrap_host and facts.bootstrap_port:
+            config.set_disaggregated_endpoint(facts.bootstrap_host, facts.bootstrap_port)
+        # What the engine's facts say more exactly.
         config.enable_local_indexer = dynamo.enable_local_indexer and self._role.worker_type != "Decode"
-        config.kv_event_publishing_enabled = False  # the engine's facts say it when there are events (adapter)
+        config.kv_event_publishing_enabled = False
         for name, value in facts.runtime_config.items():
             setattr(config, name, value)
         for name, text in facts.runtime_data.items():

@@ -1,9 +1,11 @@
 """`sgnode demo-model DIR`: a tiny model with random weights and a locally trained tokenizer. It answers nonsense."""
 
 import contextlib
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from procs.cli.flags import Parser
 from shared.errors import NodeError
@@ -18,18 +20,34 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SHAPE = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+SIZE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SHAPE = {**SIZE, **IDS, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+HEAD_DIM = 16
+ARCHS = {
+    "llama": "a decoder",
+    "qwen3": "a decoder; with --embedding-worker its embeddings have 64 dimensions",
+    "reranker": "a Bert cross-encoder, for --rerank-worker",
+    "sdar": "a diffusion language model, for --dllm-algorithm LowConfidence",
+}
+SDAR_VOCABULARY = 151680
+"""SGLang 0.5.23 takes 151669 for SDAR's mask token, whatever the tokenizer has (srt/dllm/config.py)."""
+ADAPTER = "adapter"
+LORA_RANK = 8
+LORA_TARGETS = {"q_proj": (64, 64), "k_proj": (64, 32), "v_proj": (64, 32), "o_proj": (64, 64)}
+"""What the adapter changes, with each projection's inputs and outputs."""
 
 
 def main(argv: list[str]) -> int:
     """Make the model. Raises NodeError when the directory can't be written or is not empty."""
     made = Parser(prog="sgnode demo-model", description=__doc__, allow_abbrev=False)
     made.add_argument("directory", type=Path, metavar="DIR")
-    made.add_argument("--arch", choices=("llama", "qwen3"), default="llama", help="architecture (default: %(default)s)")
+    shown = "; ".join(f"{name}: {what}" for name, what in ARCHS.items())
+    made.add_argument("--arch", choices=tuple(ARCHS), default="llama", help=f"{shown} (default: %(default)s)")
+    made.add_argument("--lora", action="store_true", help=f"also a LoRA adapter for it in DIR/{ADAPTER} (llama and qwen3)")
     found = made.parse_args(argv)
+    if found.lora and found.arch not in ("llama", "qwen3"):
+        raise NodeError(f"--lora: expected --arch llama or qwen3, got {found.arch}")
     target: Path = found.directory.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise NodeError(f"DIR {target}: exists and is not an empty directory")
@@ -40,26 +58,46 @@ def main(argv: list[str]) -> int:
             made_in = Path(place) / "model"
             made_in.mkdir()
             write(made_in, found.arch)
+            if found.lora:
+                write_adapter(made_in / ADAPTER)
             made_in.rename(target)
     except OSError as error:
         raise NodeError(f"DIR {target}: {error.strerror}") from error
-    print(f"{found.directory}: a tiny {found.arch} with random weights; try `sgnode serve {found.directory}`")
+    print(
+        f"{found.directory}: a tiny {found.arch} with random weights; try `{_command(found.directory, found.arch, found.lora)}`"
+    )
     return 0
+
+
+def _command(directory: Path, arch: str, lora: bool) -> str:
+    flags = {"reranker": " --rerank-worker", "sdar": " --dllm-algorithm LowConfidence"}.get(arch, "")
+    if lora:
+        flags = f" --enable-lora --lora-backend torch_native --lora-paths demo={directory / ADAPTER}"
+    return f"sgnode serve {directory}{flags}"
 
 
 def write(target: Path, arch: str) -> None:
     """Write tokenizer, configuration and weights; the same bytes every time."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        GenerationConfig,
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+    from transformers import GenerationConfig
+
+    vocabulary = _write_tokenizer(target, pairs=arch == "reranker")
+    torch.manual_seed(0)
+    with open(os.devnull, "w") as silence, contextlib.redirect_stderr(silence):
+        _model(arch, vocabulary).to(torch.bfloat16).save_pretrained(target)
+    if arch == "sdar":
+        # transformers doesn't know the name, and writes that of the class which it was asked to save.
+        config = target / "config.json"
+        config.write_text(config.read_text().replace("Qwen3ForCausalLM", "SDARForCausalLM"))
+    if arch != "reranker":
+        GenerationConfig(**IDS).save_pretrained(target)
+
+
+def _write_tokenizer(target: Path, pairs: bool) -> int:
+    """Train and write it; the size of its vocabulary. ``pairs``: a query and a document get the marks of a cross-encoder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE(unk_token=None))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -71,14 +109,66 @@ def write(target: Path, arch: str) -> None:
         show_progress=False,
     )
     raw.train_from_iterator([sentence * 4 for sentence in SENTENCES], trainer)
+    if pairs:
+        bos, eos = SPECIAL[1:3]
+        raw.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A {eos}", pair=f"{bos} $A {eos} $B:1 {eos}:1", special_tokens=[(bos, 1), (eos, 2)]
+        )
+    inputs = ["input_ids", "token_type_ids", "attention_mask"] if pairs else ["input_ids", "attention_mask"]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2], model_max_length=4096
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer_object=raw, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2],
+        model_max_length=512 if pairs else 4096, model_input_names=inputs,
+    )  # fmt: skip
+    if not pairs:
+        tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(target)
-    torch.manual_seed(0)
-    shape = {**SHAPE, "vocab_size": len(tokenizer), "dtype": "bfloat16"}
-    model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16)) if arch == "qwen3" else LlamaForCausalLM(LlamaConfig(**shape))
-    with open(os.devnull, "w") as silence, contextlib.redirect_stderr(silence):
-        model.to(torch.bfloat16).save_pretrained(target)
-    GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2).save_pretrained(target)
+    return len(tokenizer)
+
+
+def _model(arch: str, vocabulary: int) -> Any:
+    import transformers as hf
+
+    shape = {**SHAPE, "vocab_size": vocabulary, "dtype": "bfloat16"}
+    match arch:
+        case "qwen3":
+            return hf.Qwen3ForCausalLM(hf.Qwen3Config(**shape, head_dim=HEAD_DIM))
+        case "sdar":
+            # SDAR's layers are Qwen3's. Vectors of zero keep the answer to what the tokenizer knows.
+            model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**{**shape, "vocab_size": SDAR_VOCABULARY}, head_dim=HEAD_DIM))
+            model.lm_head.weight.data[vocabulary:] = 0
+            return model
+        case "reranker":
+            # Larger weights than the usual 0.02, so that documents get scores that differ. SGLang reads position_embedding_type.
+            config = hf.BertConfig(
+                **SIZE,
+                pad_token_id=0,
+                vocab_size=vocabulary,
+                max_position_embeddings=512,
+                num_labels=1,
+                position_embedding_type="absolute",
+                initializer_range=0.3,
+                dtype="bfloat16",
+            )
+            return hf.BertForSequenceClassification(config)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**shape))
+
+
+def write_adapter(target: Path) -> None:
+    """Write a LoRA adapter in PEFT's format, strong enough that a greedy answer is another than the model's own."""
+    import torch
+    from safetensors.torch import save_file
+
+    target.mkdir()
+    torch.manual_seed(1)
+    weights = {}
+    for layer in range(SIZE["num_hidden_layers"]):
+        for name, (inputs, outputs) in LORA_TARGETS.items():
+            key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{key}.lora_A.weight"] = torch.randn(LORA_RANK, inputs, dtype=torch.bfloat16) * 0.2
+            weights[f"{key}.lora_B.weight"] = torch.randn(outputs, LORA_RANK, dtype=torch.bfloat16) * 0.2
+    save_file(weights, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "", "inference_mode": True, "bias": "none",
+        "r": LORA_RANK, "lora_alpha": 2 * LORA_RANK, "lora_dropout": 0.0, "target_modules": sorted(LORA_TARGETS),
+    }  # fmt: skip
+    (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

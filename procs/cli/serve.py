@@ -169,6 +169,7 @@ def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeC
         worker = _check_child(request, environ)
     dynamo = msgspec.convert(worker.pop("dynamo"), configuration.Dynamo)
     roles.find(worker["role"])
+    agents = _agents(found, worker.pop("gateway_workers", None))
     found.group_port = group_port(found, worker)
     return NodeConfig(
         name=found.name,
@@ -177,7 +178,7 @@ def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeC
         engine="sglang" if found.synthetic is None else "synthetic",
         synthetic=found.synthetic,
         dynamo=dynamo,
-        agents=found.agents,
+        agents=agents,
         frontend=wants_frontend,
         http_host=found.http_host,
         http_port=http_port,
@@ -194,6 +195,15 @@ def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeC
         node_id=uuid.uuid4().hex,
         **worker,
     )
+
+
+def _agents(found: NodeFlags, gateway_workers: int | None) -> int:
+    """--gateway-workers N is the incumbent's name for N agents. Raises NodeError when both are given and differ."""
+    if gateway_workers is None:
+        return found.agents
+    if found.agents not in (1, gateway_workers):
+        raise NodeError(f"--agents {found.agents}: differs from --gateway-workers {gateway_workers}; they are the same thing")
+    return gateway_workers
 
 
 def group_port(found: NodeFlags, worker: dict[str, Any]) -> int | None:

@@ -28,7 +28,7 @@ from shared.frames import AnyState, Beat, Death, Intent, ProcessChange, Verdict
 from shared.hang import Hangs
 from shared.heart import Heart
 from shared.sockets import Decoder, LoopSocket, subscriber
-from shared.state import LOST, Board, State
+from shared.state import LOST, UP, Board, State
 
 REPORT_SECONDS = 1.0
 """A status report at least so often; the plugin calls an older one stale."""
@@ -40,7 +40,7 @@ PROGRESS_SECONDS = 5.0
 """A drain's progress is in the log at most so often."""
 RPC_SECONDS = 3.0
 """supervisord answers within milliseconds, or it is gone."""
-READY_STATES = (State.READY, State.DRAINING, State.DRAINED)
+READY_STATES = (*UP, State.DRAINING, State.DRAINED)
 """With one of these the engine has had a good life so far."""
 END_AGAIN_SECONDS = 0.5
 """An engine whose epoch is over is told so again: its keeper may just have been starting."""
@@ -195,7 +195,7 @@ class Coordinator:
         if death is not None and death.incarnation >= self._incarnation > 0:
             self._gone = death.reason
             return "dead", death.reason
-        ready = engine is not None and engine.state == State.READY and engine.incarnation == self._incarnation
+        ready = engine is not None and engine.state in UP and engine.incarnation == self._incarnation
         return "ready" if ready else "up", ""
 
     def _epoch_over(self, reason: str, orderly: bool) -> None:

@@ -39,8 +39,10 @@ async def serve(config: NodeConfig, backend: Backend, heart: Heart, incarnation:
     router = sockets.router(context, config.path, sockets.REQUESTS)
     service = Service(backend, router, heart, incarnation=incarnation, epoch=epoch)
     backend.start(service, stopping.set)
-    service.start()
     heart.start()
+    heart.set(State.WARMING, waiting_for="the first requests through the engine")
+    await backend.warm()
+    service.start()
     facts = backend.facts
     heart.set(State.READY, f"{facts.engine} {facts.version}, loaded in {facts.load_seconds:.1f} s", info=backend.info)
     logging.info("ready: incarnation %d, %s", incarnation, heart.beat.detail)

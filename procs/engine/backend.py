@@ -4,13 +4,20 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from shared.errors import Code
-from shared.frames import EngineFacts, KvUse
+from shared.frames import EngineFacts, KvUse, Serving
 
 
 class Sink(Protocol):
     """Where a backend puts what it has. Called on the event loop only, and never raises."""
 
-    def output(self, rid: str, token_ids: list[int], finish: dict[str, Any] | None, meta: dict[str, Any] | None) -> None:
+    def output(
+        self,
+        rid: str,
+        token_ids: list[int],
+        finish: dict[str, Any] | None,
+        meta: dict[str, Any] | None,
+        text: str | None = None,
+    ) -> None:
         """New tokens of a request; the list is the sink's from now on. ``finish`` ends the request."""
 
     def failed(self, rid: str, code: Code, message: str) -> None:
@@ -18,6 +25,9 @@ class Sink(Protocol):
 
     def kv_use(self, use: KvUse) -> None:
         """KV use of one DP rank."""
+
+    def serving(self, serving: Serving) -> None:
+        """What it serves beside its base model has changed: pauses, adapters, taints."""
 
 
 class Backend(Protocol):
@@ -29,6 +39,9 @@ class Backend(Protocol):
 
     def start(self, sink: Sink, stop: Callable[[], None]) -> None:
         """Called once in the running loop, before any submit. ``stop`` asks the process to stop cleanly."""
+
+    async def warm(self) -> None:
+        """Called once after ``start``: what has to run through the engine before it may be called ready. Raises when it fails."""
 
     def submit(self, rid: str, payload: dict[str, Any]) -> None:
         """Start a request. Its outputs, and exactly one end, go to the sink."""

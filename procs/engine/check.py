@@ -109,10 +109,6 @@ class _Errors(logging.Handler):
 
 
 UNSUPPORTED = {
-    "use_sglang_tokenizer": "--use-sglang-tokenizer",
-    "gateway_workers": "--gateway-workers",
-    "enable_rl": "--enable-rl",
-    "engine_routes": "--engine-route",
     "frontend_decoding": "--frontend-decoding",
 }
 """Features of dynamo.sglang that are not built yet: refused at start, never ignored."""
@@ -122,6 +118,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
     """Merge, parse and check. Raises ValueError, SystemExit or whatever the parsers raise."""
     argv = _merged(request, _options())
     from dynamo.sglang import args
+    from dynamo.sglang.engine_routes import parse_engine_route_descriptors
 
     # Weights are fetched by the engine while it loads, where it can be seen and stopped.
     args.should_fetch_model = lambda *_: False
@@ -140,11 +137,13 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
         for logger in loggers:
             logger.removeHandler(said)
     server, dynamo = config.server_args, config.dynamo_args
+    argv = _settled(argv, config)
     for field, flag in UNSUPPORTED.items():
         if getattr(dynamo, field, None):
             raise ValueError(f"{flag} is not supported by this version of sgnode")
     if dynamo.use_kv_events:
         _kv_events(json.loads(server.kv_events_config), server)
+    parse_engine_route_descriptors(dynamo.engine_routes)
     structural = dynamo.structural_tag
     if structural is not None and not isinstance(structural, dict):
         import msgspec
@@ -153,6 +152,8 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "worker_argv": argv,
         "role": _role(server, dynamo),
+        "text_mode": bool(dynamo.use_sglang_tokenizer),
+        "gateway_workers": _gateway_workers(server, dynamo),
         "model_path": server.model_path,
         "served_model_name": server.served_model_name,
         "enable_metrics": bool(server.enable_metrics),
@@ -187,6 +188,38 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
             "engine_request_limit": getattr(dynamo, "engine_request_limit", None),
         },
     }
+
+
+def _settled(argv: list[str], config: Any) -> list[str]:
+    """The arguments with everything in them that another look could find changed: a file's section, a port that was free.
+
+    Every incarnation of the engine, and the agents beside it, must start from the same. Raises ValueError.
+    """
+    from dynamo.sglang.args import _load_disagg_config_section, _remove_cli_flag_and_value
+
+    server, dynamo = config.server_args, config.dynamo_args
+    written: list[str] = []
+    if dynamo.disagg_config and dynamo.disagg_config_key:
+        known = _options()
+        for name, value in _load_disagg_config_section(dynamo.disagg_config, dynamo.disagg_config_key).items():
+            try:
+                written += _arguments(f"--{str(name).replace('_', '-')}", value, known)
+            except ValueError as error:
+                raise ValueError(f"--disagg-config {dynamo.disagg_config}: {error}") from error
+    for flag in ("--disagg-config", "--disagg-config-key", "--gateway-workers", "--tokenizer-worker-num"):
+        argv = _remove_cli_flag_and_value(argv, flag)
+    port = "--disaggregation-bootstrap-port"
+    if _role(server, dynamo) == "prefill" and not any(a.partition("=")[0] == port for a in (*argv, *written)):
+        written += [port, str(server.disaggregation_bootstrap_port)]
+    return [*written, *argv]
+
+
+def _gateway_workers(server: Any, dynamo: Any) -> int | None:
+    """How many processes the incumbent would put between engine and frontend: here so many agents. Raises ValueError."""
+    from dynamo.sglang.gateway import effective_gateway_workers
+
+    count = effective_gateway_workers(server, dynamo)
+    return count if count > 1 or getattr(dynamo, "gateway_workers", None) else None
 
 
 def _kv_events(given: dict[str, Any], server: Any) -> None:

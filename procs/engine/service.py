@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 
 from procs.engine.backend import Backend
-from shared.errors import Code
+from shared.errors import Code, RequestError
 from shared.frames import (
     PROTOCOL,
     RID_LENGTH,
@@ -28,6 +28,7 @@ from shared.frames import (
     KvUse,
     Output,
     Refused,
+    Serving,
     Step,
     Submit,
     ToEngine,
@@ -36,6 +37,7 @@ from shared.frames import (
 from shared.heart import Heart
 from shared.merge import merge
 from shared.sockets import Decoder, LoopSocket, encode
+from shared.state import UP, State
 
 WINDOW = 64
 """Step frames on their way to a peer: 64 steps of a fast engine (1 ms) hide a 64 ms pause of the peer."""
@@ -84,10 +86,12 @@ class Service:
         self._tokens = 0
         self._loop = asyncio.get_running_loop()
         self._watch: asyncio.TimerHandle | None = None
+        self._serving = Serving(incarnation)
 
     def start(self) -> None:
         self._socket = LoopSocket(self._raw, self._receive)
         self._heart.numbers = self.numbers
+        self._heart.repeat = lambda: [self._serving]
         self._watch_stalls()
 
     def numbers(self) -> dict[str, float]:
@@ -173,19 +177,28 @@ class Service:
     async def _control(self, peer: Peer, control: Control) -> None:
         try:
             done = ControlDone(control.id, None, await self._backend.control(control.op, control.args))
+        except RequestError as error:
+            done = ControlDone(control.id, error.message, code=error.code)
         except Exception as error:  # an engine control may fail in any way; the peer gets the reason
-            logging.warning("control %s: %s", control.op, error)
-            done = ControlDone(control.id, f"{type(error).__name__}: {error}")
+            logging.warning("control %s: %s: %s", control.op, type(error).__name__, error)
+            done = ControlDone(control.id, f"{type(error).__name__}: {error}", code=Code.INTERNAL)
         self._send(peer.identity, done)
 
     # --- what leaves (Sink) ------------------------------------------------------------------------------------------
 
-    def output(self, rid: str, token_ids: list[int], finish: dict[str, Any] | None, meta: dict[str, Any] | None) -> None:
+    def output(
+        self,
+        rid: str,
+        token_ids: list[int],
+        finish: dict[str, Any] | None,
+        meta: dict[str, Any] | None,
+        text: str | None = None,
+    ) -> None:
         stream = self._streams.get(rid)
         if stream is None:
             return
         peer = stream.peer
-        output = Output(rid, stream.sent, token_ids, finish, meta)
+        output = Output(rid, stream.sent, token_ids, finish, meta, text)
         stream.sent += len(token_ids)
         self._tokens += len(token_ids)
         if finish is not None:
@@ -214,6 +227,15 @@ class Service:
 
     def kv_use(self, use: KvUse) -> None:
         self._heart.publish(use)
+
+    def serving(self, serving: Serving) -> None:
+        self._serving = serving
+        beat = self._heart.beat
+        if beat.state in UP:
+            state = State.SLEEPING if serving.asleep else State.PAUSED if serving.paused else State.READY
+            way_back = {State.SLEEPING: "`sgnode wake`", State.PAUSED: "POST /engine/continue_generation"}
+            self._heart.set(state, beat.detail, waiting_for=way_back.get(state, ""))
+        self._heart.publish(serving)
 
     def _flush(self, peer: Peer) -> None:
         peer.flushing = False

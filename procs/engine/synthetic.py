@@ -14,8 +14,8 @@ from typing import Any
 
 from procs.engine.backend import Sink
 from shared.config import NodeConfig
-from shared.errors import Code
-from shared.frames import EngineFacts, KvUse
+from shared.errors import Code, RequestError
+from shared.frames import EngineFacts, KvUse, Serving
 
 CHILD = """
 import ctypes, setproctitle, signal, sys
@@ -58,6 +58,7 @@ class SyntheticBackend:
             raise RuntimeError("synthetic fault: load")
         self._requests: dict[str, _Request] = {}
         self._sink: Sink | None = None
+        self._serving = Serving(incarnation)
         self.info: dict[str, str] = {}
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -84,6 +85,9 @@ class SyntheticBackend:
         self._sink = sink
         self._task = asyncio.get_running_loop().create_task(self._run())
 
+    async def warm(self) -> None:
+        """Nothing to compile."""
+
     def submit(self, rid: str, payload: dict[str, Any]) -> None:
         assert self._sink is not None
         ids = payload.get("input_ids")
@@ -103,9 +107,27 @@ class SyntheticBackend:
             self._wake.set()
 
     async def control(self, op: str, args: dict[str, Any]) -> Any:
-        if op == "flush_cache":
-            return {"flushed": True}
-        raise ValueError(f"unknown control {op!r}")
+        if op == "clear_kv_blocks":
+            return {"status": "success", "message": "KV cache cleared"}
+        if op != "route":
+            raise ValueError(f"unknown control {op!r}")
+        assert self._sink is not None
+        paused, asleep = self._serving.paused, self._serving.asleep
+        match args["path"]:
+            case "pause_generation":
+                paused = True
+            case "continue_generation":
+                paused = False
+            case "release_memory_occupation":
+                asleep = True
+            case "resume_memory_occupation":
+                asleep = False
+            case path:
+                raise RequestError(Code.UNKNOWN, f"no engine route {path!r}")
+        self._serving = Serving(self._incarnation, paused, asleep)
+        self._sink.serving(Serving(self._incarnation, paused or asleep, asleep))
+        self._wake.set()
+        return {"status": "ok"}
 
     def close(self) -> None:
         if self._task is not None:
@@ -119,7 +141,7 @@ class SyntheticBackend:
         dials = self._dials
         next_report = 0.0
         while True:
-            if not self._requests:
+            if not self._requests or self._serving.paused:
                 self._wake.clear()
                 await self._wake.wait()
             if dials.fault == "hang":

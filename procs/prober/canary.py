@@ -10,6 +10,7 @@ from shared.engine_client import EngineClient
 from shared.errors import RequestError
 from shared.frames import Beat, Verdict, Welcome
 from shared.roles.role import Role
+from shared.state import State
 
 FIRST_SECONDS = 600.0
 """For the first canary of an incarnation: it may compile kernels."""
@@ -31,6 +32,7 @@ class Canary:
         self._strikes = 0
         self._changed = asyncio.Event()
         self._stopped = ""
+        self._resting = False
         self.engine: Beat | None = None
         self.verdict: Verdict | None = None
 
@@ -43,13 +45,22 @@ class Canary:
             self._stopped = words
             self._changed.set()
 
+    def hear_engine(self, beat: Beat) -> None:
+        """Its counters, and whether it is paused or asleep: then a canary proves nothing."""
+        self.engine = beat
+        resting = beat.state in (State.PAUSED, State.SLEEPING)
+        if resting != self._resting:
+            self._resting = resting
+            self._changed.set()
+
     async def run(self) -> None:
         """For ever: a canary at once for a new incarnation, later only for an engine that makes no steps."""
         judged: Welcome | None = None
         while True:
             self._changed.clear()
             welcome = self._client.welcome
-            if welcome is None:
+            if welcome is None or self._resting:
+                judged = None
                 await self._changed.wait()
                 continue
             if self._stopped:
@@ -84,7 +95,7 @@ class Canary:
         try:
             while not probe.done():
                 self._changed.clear()
-                if self._stopped or self._client.welcome is not welcome:
+                if self._stopped or self._resting or self._client.welcome is not welcome:
                     return None
                 waking = asyncio.ensure_future(self._changed.wait())
                 await asyncio.wait({probe, waking}, return_when=asyncio.FIRST_COMPLETED)
@@ -113,7 +124,7 @@ class Canary:
             async with asyncio.timeout(seconds):
                 stream = self._client.submit(self._role.canary(welcome.facts))
                 async for output in stream:
-                    if output.token_ids:
+                    if output.token_ids or (output.finish is not None and output.finish.get("type") != "abort"):
                         return ""
         except TimeoutError:
             return f"a canary had no token within {seconds:.0f} s"
@@ -122,7 +133,7 @@ class Canary:
         finally:
             if stream is not None:
                 stream.abort()
-        return "a canary ended without a token"
+        return "a canary was aborted"
 
     def _judge(self, incarnation: int, problem: str, *, certain: bool = False) -> None:
         self._strikes = self._strikes + 1 if problem else 0

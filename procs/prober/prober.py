@@ -45,7 +45,7 @@ class Prober:
             raise
         self._heart = Heart(config.path, "prober")
         self._client = EngineClient(config.path, "prober")
-        self._canary = Canary(config, find(config.role), self._client, self._heart.say)
+        self._canary = Canary(config, find(config.role, text=config.text_mode), self._client, self._heart.say)
         self._heart.repeat = self._repeat
         self._decoder: Decoder[AnyState] = Decoder(AnyState, "node state")
         self._heart.numbers = lambda: {"dropped_frames": self._decoder.dropped + self._client.dropped}
@@ -77,7 +77,7 @@ class Prober:
             case Beat():
                 self.board.hear(frame)
                 if frame.process == "engine":
-                    self._canary.engine = frame
+                    self._canary.hear_engine(frame)
                 elif frame.process == "keeper":
                     self._canary.hear_stopped(frame.info.get("stopped", ""))
                 if self._config.node_rank == 0:

@@ -2,18 +2,26 @@
 
 from shared.errors import NodeError
 from shared.roles.aggregated import AGGREGATED
+from shared.roles.decode import DECODE
+from shared.roles.diffusion_lm import DIFFUSION_LM
+from shared.roles.embedding import EMBEDDING
+from shared.roles.prefill import PREFILL
+from shared.roles.rerank import RERANK
 from shared.roles.role import Role
+from shared.roles.text import text_mode
 
-ROLES: dict[str, Role] = {role.name: role for role in (AGGREGATED,)}
+ROLES: dict[str, Role] = {role.name: role for role in (AGGREGATED, PREFILL, DECODE, EMBEDDING, RERANK, DIFFUSION_LM)}
 
-PLANNED = ("prefill", "decode", "embedding", "rerank", "diffusion_lm", "mm_encode", "mm_worker", "image", "video")
+PLANNED = ("mm_encode", "mm_worker", "image", "video")
 """Names of the roles that are not built yet; asking for one is an error at start, never a half-working node."""
 
 
-def find(name: str) -> Role:
-    """The role of that name. NodeError for one that isn't there (yet)."""
+def find(name: str, *, text: bool = False) -> Role:
+    """The role of that name, ``text``: in text mode. NodeError for one that isn't there (yet)."""
     if name in ROLES:
-        return ROLES[name]
+        role = ROLES[name]
+        # Prefill has the frontend's tokens in any case, and the pooling roles take text as it is.
+        return text_mode(role) if text and role.generates and role is not PREFILL else role
     if name in PLANNED:
         raise NodeError(f"worker type {name!r} is not supported by this version of sgnode; supported: {', '.join(ROLES)}")
     raise NodeError(f"unknown role {name!r}; known: {', '.join((*ROLES, *PLANNED))}")

@@ -1,37 +1,63 @@
 """What a role is: how one worker type talks to its engine and to Dynamo, as plain functions on plain data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shared.frames import EngineFacts, Output
 
 Payload = dict[str, Any]
-"""Keyword arguments of the engine's submit (SGLang's ``Engine.async_generate``), plain data."""
+"""What the engine's process needs for one request, plain data. ``call`` says what for, ``generate`` if absent:
+
+``generate``: the rest are keyword arguments of SGLang's ``Engine.async_generate``; ``asks`` holds fields of Dynamo's request that
+only SGLang's process can judge (procs.engine.asks). ``text``: the same with a ``request`` in OpenAI's form, whose prompt is
+rendered there, and text as output. ``native``: SGLang's own GenerateReqInput. ``embed``: SGLang's EmbeddingReqInput.
+"""
 Request = dict[str, Any]
 """A request as Dynamo 1.6.1 hands it to a worker."""
-Chunk = dict[str, Any]
-"""A reply chunk as Dynamo 1.6.1 takes it from a worker."""
+Chunk = Any
+"""A reply chunk as Dynamo 1.6.1 takes it from a worker: a dict, a list for rerank."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """One request with what its translation depends on."""
+
+    request: Request
+    facts: EngineFacts
+    context_id: str = ""
+    trace: dict[str, str] | None = None
+    """Trace headers for the engine, when it traces."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What ``to_engine`` leaves for ``to_dynamo``."""
+
+
+def _nothing(asked: Asked, payload: Payload) -> Chunk | None:
+    return None
 
 
 @dataclass(frozen=True)
 class Role:
-    """One worker type. Names of Dynamo's enum members are strings here: only the agent imports dynamo."""
+    """One worker type. Names of Dynamo's enum members are strings here: only the agent imports dynamo's runtime."""
 
     name: str
-    component: str
-    """Default component of the endpoint: ``dyn://<namespace>.<component>.generate``."""
     worker_type: str
     """Member of dynamo.llm.WorkerType."""
     needs: tuple[tuple[str, ...], ...]
     """Peer roles needed to serve, any of the inner tuples (DNF)."""
     model_input: str
     """Member of dynamo.llm.ModelInput."""
-    to_engine: Callable[[Request, EngineFacts], list[Payload]]
+    model_type: str
+    """Member of dynamo.llm.ModelType; empty: what --endpoint-types says."""
+    to_engine: Callable[[Asked], list[Payload]]
     """A Dynamo request as engine payloads, one a sample (``n``). Raises RequestError for a bad request."""
-    to_dynamo: Callable[[Output, int, Request], Chunk]
-    """An engine output of sample ``index`` as a Dynamo chunk."""
+    to_dynamo: Callable[[Output, int, Asked], Chunk | None]
+    """An engine output of sample ``index`` as a Dynamo chunk; None when there is nothing to say. May raise RequestError."""
     canary: Callable[[EngineFacts], Payload]
     """The smallest real request that proves the whole engine path works."""
     canary_request: Callable[[EngineFacts], Request]
     """The same as a Dynamo request, for Dynamo's own health check of the endpoint (DYN_HEALTH_CHECK_ENABLED)."""
+    opening: Callable[[Asked, Payload], Chunk | None] = _nothing
+    """A chunk that leaves as soon as the request is submitted, before the engine has said anything."""
+    generates: bool = True
+    """Tokens come out: it has the endpoints for adapters and for the KV cache, and the engine-native generate."""

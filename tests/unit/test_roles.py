@@ -7,6 +7,7 @@ import pytest
 from shared.errors import Code, NodeError, RequestError
 from shared.frames import EngineFacts, Output
 from shared.roles import PLANNED, ROLES, find
+from shared.roles.role import Asked
 
 FACTS = EngineFacts("aggregated", "x", "0", "/m", "m", 100, 4096, 16, 10, 4, 100, 0, 1, 1, [2], 0.1)
 ROLE = find("aggregated")
@@ -16,8 +17,12 @@ def request(**more: Any) -> dict[str, Any]:
     return {"token_ids": [5, 6], "stop_conditions": {}, "sampling_options": {}, "output_options": {}, **more}
 
 
+def asked(**more: Any) -> Asked:
+    return Asked(request(**more), FACTS)
+
+
 def payload(**more: Any) -> dict[str, Any]:
-    (only,) = ROLE.to_engine(request(**more), FACTS)
+    (only,) = ROLE.to_engine(asked(**more))
     return only
 
 
@@ -62,7 +67,7 @@ def test_guided_decoding(guided: dict[str, Any], expected: dict[str, Any]) -> No
 
 
 def test_samples_become_requests_with_their_own_seeds() -> None:
-    made = ROLE.to_engine(request(sampling_options={"n": 3, "seed": 5}), FACTS)
+    made = ROLE.to_engine(asked(sampling_options={"n": 3, "seed": 5}))
     assert [p["sampling_params"]["sampling_seed"] for p in made] == [5, 6, 7]
     assert all("n" not in p["sampling_params"] for p in made)
 
@@ -70,32 +75,31 @@ def test_samples_become_requests_with_their_own_seeds() -> None:
 @pytest.mark.parametrize("tokens", [[], None, "text", [100], [-1], [1.5], [True], [None]])
 def test_wrong_tokens_are_refused(tokens: Any) -> None:
     with pytest.raises(RequestError) as caught:
-        ROLE.to_engine(request(token_ids=tokens), FACTS)
+        ROLE.to_engine(asked(token_ids=tokens))
     assert caught.value.code == Code.INVALID and "token_ids" in caught.value.message
 
 
 def test_what_another_role_serves_is_refused_not_ignored() -> None:
     with pytest.raises(RequestError):
-        ROLE.to_engine(request(multi_modal_data={"image_url": []}), FACTS)
+        ROLE.to_engine(asked(multi_modal_data={"image_url": []}))
 
 
 def test_chunks() -> None:
     first = Output("r", 0, [7], None, {"prompt_tokens": 2, "completion_tokens": 1, "cached_tokens": 1})
-    chunk = ROLE.to_dynamo(first, 0, request())
+    chunk = ROLE.to_dynamo(first, 0, asked())
     assert chunk["token_ids"] == [7] and "finish_reason" not in chunk
     assert chunk["completion_usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
-    assert ROLE.to_dynamo(Output("r", 1, [8]), 2, request()) == {"index": 2, "token_ids": [8]}
+    assert ROLE.to_dynamo(Output("r", 1, [8]), 2, asked()) == {"index": 2, "token_ids": [8]}
     last = Output("r", 2, [], {"type": "stop", "matched": 9}, {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 0})
-    asked = request(stop_conditions={"stop_token_ids": [9]})
-    chunk = ROLE.to_dynamo(last, 0, asked)
+    chunk = ROLE.to_dynamo(last, 0, asked(stop_conditions={"stop_token_ids": [9]}))
     assert (chunk["finish_reason"], chunk["stop_reason"]) == ("stop", 9)
     assert chunk["engine_data"]["kv_cache_hit"] == {"prompt_tokens": 2, "reused_tokens": 0}
-    assert "stop_reason" not in ROLE.to_dynamo(last, 0, request()), "an id that the client didn't ask for is not shown"
+    assert "stop_reason" not in ROLE.to_dynamo(last, 0, asked()), "an id that the client didn't ask for is not shown"
 
 
 def test_the_table_names_every_worker_type() -> None:
     assert len(ROLES) + len(PLANNED) == 10
     with pytest.raises(NodeError, match="not supported by this version"):
-        find("embedding")
+        find("image")
     with pytest.raises(NodeError, match="unknown role"):
         find("poet")

@@ -19,7 +19,7 @@ from shared import kv_sources
 from shared.config import NodeConfig
 from shared.frames import Beat
 from shared.kv_sources import KvSources
-from shared.state import State
+from shared.state import UP
 
 LOOK_SECONDS = 1.0
 """Between two looks at discovery; what changes here is acted upon at once."""
@@ -77,7 +77,7 @@ class KvEvents:
 
     def hear(self, beat: Beat) -> None:
         """Of the engine and of the coordinator; other beats are of no use here."""
-        if beat.process == "engine" and beat.incarnation > max(self._incarnation, self._dead) and beat.state == State.READY:
+        if beat.process == "engine" and beat.incarnation > max(self._incarnation, self._dead) and beat.state in UP:
             self._begin(beat.incarnation, kv_sources.said(beat.info))
         elif beat.process == "coordinator" and "workers" in beat.info:
             now = time.monotonic()

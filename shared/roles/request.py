@@ -1,0 +1,89 @@
+"""The fields of Dynamo's token request that a worker reads, typed: a wrong one is named, never a crash later on.
+
+Source: Dynamo 1.6.1, PreprocessedRequest (lib/llm/src/protocols/common/preprocessor.rs). Unknown fields are left alone.
+"""
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from shared.errors import Code, RequestError
+
+Count = Annotated[int, Meta(ge=0)]
+MAX_SAMPLES = 128
+"""Samples of one request (OpenAI's bound, which the frontend has too)."""
+
+
+class StopConditions(msgspec.Struct):
+    """``max_tokens`` None: until the end of the context."""
+
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    stop_token_ids: list[int] | None = None
+    stop_token_ids_hidden: list[int] | None = None
+    ignore_eos: bool | None = None
+    max_thinking_tokens: Any = None
+
+
+class SamplingOptions(msgspec.Struct):
+    """None: the engine's default."""
+
+    n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    guided_decoding: dict[str, Any] | None = None
+
+
+class Routing(msgspec.Struct):
+    """What the router has decided, and hints for it."""
+
+    dp_rank: Count | None = None
+    prefill_dp_rank: Count | None = None
+    priority: int | float | None = None
+    cache_salt: str | None = None
+
+
+class Bootstrap(msgspec.Struct):
+    """Where a decode engine finds the KV cache of its request."""
+
+    bootstrap_host: str | None = None
+    bootstrap_port: int | None = None
+    bootstrap_room: int | None = None
+
+
+class TokenRequest(msgspec.Struct):
+    """A generation request in token form."""
+
+    token_ids: list[Count] = []
+    model: str | None = None
+    stop_conditions: StopConditions | None = None
+    sampling_options: SamplingOptions | None = None
+    output_options: dict[str, Any] | None = None
+    routing: Routing | None = None
+    bootstrap_info: Bootstrap | None = None
+    annotations: list[str] | None = None
+    extra_args: dict[str, Any] | None = None
+    nvext: dict[str, Any] | None = None
+    cache_salt: str | None = None
+
+
+def read(request: dict[str, Any]) -> TokenRequest:
+    """The request's fields. Raises RequestError(INVALID) naming the first wrong one."""
+    from dynamo.common.utils.token_ids import token_ids_to_list
+
+    try:
+        tokens = request.get("token_ids")
+        if tokens is not None and not isinstance(tokens, list):
+            request = {**request, "token_ids": token_ids_to_list(tokens)}
+        elif tokens is None:
+            request = {**request, "token_ids": []}
+        return msgspec.convert(request, TokenRequest)
+    except (msgspec.ValidationError, ValueError, TypeError) as error:
+        raise RequestError(Code.INVALID, f"invalid request: {error}") from None
