@@ -33,7 +33,7 @@ BY_PROGRAM: dict[str, tuple[str, ...]] = {
     "coordinator": COMMON + CLUSTER + ("NOTIFY_SOCKET", "WATCHDOG_USEC"),
     "relay": (*COMMON, "OTEL_*"),
     "relay with KV events": COMMON + CLUSTER,
-    "prober": (*COMMON, "DYN_SYSTEM_*", "DYN_HEALTH_*", "DYN_CANARY_*"),
+    "prober": (*COMMON, "DYN_SYSTEM_*", "DYN_HEALTH_*", "DYN_CANARY_*", "DYN_LORA_ENABLED"),
     "supervisord": COMMON + ENGINE + CLUSTER + ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID"),
 }
 """supervisord keeps what any of its programs may get; each program's launcher narrows it again."""

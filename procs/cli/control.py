@@ -32,6 +32,11 @@ def _patience(directory: Path) -> float:
     return config.drain_grace + config.drain_timeout
 
 
+def drained(directory: Path, why: str) -> None:
+    """Drain the node and wait until it is. Raises NodeError when that takes longer than it may."""
+    rolling.drain(directory, why, _patience(directory), _say)
+
+
 def drain(argv: list[str]) -> int:
     """Take the node out of discovery and let its streams finish; the engine stays up. 0 when it is drained."""
     made = parser_of("drain", "Leave discovery, let running streams finish (up to --drain-timeout), keep the engine up.")
@@ -39,7 +44,6 @@ def drain(argv: list[str]) -> int:
     made.add_argument("--no-wait", action="store_true", help="return at once; `sgnode status` shows how it goes")
     found = made.parse_args(argv)
     directory = directory_of(found)
-    patience = _patience(directory)
     if found.no_wait or found.now:
         rolling.want_drain(directory, "drained by `sgnode drain`")
     if found.now:
@@ -48,7 +52,7 @@ def drain(argv: list[str]) -> int:
         _say("draining; `sgnode status` shows how it goes, `sgnode resume` takes it back")
         return 0
     try:
-        rolling.drain(directory, "drained by `sgnode drain`", patience, _say)
+        drained(directory, "drained by `sgnode drain`")
     except KeyboardInterrupt:
         _say("the drain goes on; `sgnode resume` takes it back")
         return 130

@@ -18,6 +18,7 @@ SGLang on a GPU server as a supervised node of a Dynamo cluster.
   drain | resume          leave discovery and let streams finish, engine up; serve again
   stop [--now]            drain it and stop it; returns when it is gone
   restart [PROCESS]       restart a process, or all behind a drain, without losing a stream
+  sleep | wake            drain it and release its accelerator memory; take it again and serve
   show-config             the configuration that it runs with
   ctl ...                 supervisorctl on it: `sgnode ctl status`, `sgnode ctl restart agent`, `sgnode ctl tail -f engine`
   group-key FILE          make the key of a group of nodes
@@ -73,6 +74,10 @@ def _command(name: str, argv: list[str]) -> int:
 
             command: Callable[[list[str]], int] = getattr(control, name)
             return command(argv)
+        case "sleep" | "wake":
+            from procs.cli import sleep
+
+            return sleep.sleep(argv) if name == "sleep" else sleep.wake(argv)
         case "show-config":
             return status.show_config(argv)
         case "ctl":

@@ -1,4 +1,4 @@
-"""The node's one HTTP port: /live, /health, /ready, /metrics. Shapes as Dynamo 1.6.1's system status server."""
+"""The node's one HTTP port: /live, /health, /ready, /metrics; controls are in routes. Shapes as Dynamo 1.6.1's system server."""
 
 import time
 from typing import Protocol
@@ -6,8 +6,12 @@ from typing import Protocol
 from aiohttp import web
 
 from procs.prober.metrics import Metrics
+from procs.prober.routes import Routes, not_found
 from shared.config import NodeConfig
 from shared.errors import NodeError
+
+MAX_BODY = 1 << 30
+"""Bytes of a request's body: weights may come in one (update_weights_from_tensor)."""
 
 
 class Node(Protocol):
@@ -22,7 +26,7 @@ class Node(Protocol):
     def failed_reason(self) -> str: ...
 
 
-async def start(config: NodeConfig, node: Node, metrics: Metrics) -> web.AppRunner:
+async def start(config: NodeConfig, node: Node, metrics: Metrics, routes: Routes) -> web.AppRunner:
     """Bind the port and serve. Raises NodeError naming the flag when it can't be bound."""
     started = time.monotonic()
 
@@ -47,8 +51,20 @@ async def start(config: NodeConfig, node: Node, metrics: Metrics) -> web.AppRunn
         except TimeoutError:
             return web.Response(status=503, text="the relay does not answer")
 
-    app = web.Application()
-    app.add_routes([web.get("/live", live), web.get("/health", health), web.get("/ready", ready), web.get("/metrics", scrape)])
+    async def metadata(_: web.Request) -> web.Response:
+        return web.Response(status=404, text="Discovery metadata not available")
+
+    app = web.Application(middlewares=[not_found], client_max_size=MAX_BODY)
+    routes.add(app)
+    app.add_routes(
+        [
+            web.get("/live", live),
+            web.get("/health", health),
+            web.get("/ready", ready),
+            web.get("/metrics", scrape),
+            web.get("/metadata", metadata),
+        ]
+    )
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:

@@ -1,6 +1,7 @@
 """The prober's loop: hears the node, runs canaries, serves HTTP."""
 
 import asyncio
+import os
 import signal
 from typing import Any
 
@@ -9,6 +10,7 @@ import zmq
 from procs.prober import http
 from procs.prober.canary import Canary
 from procs.prober.metrics import Metrics
+from procs.prober.routes import Routes
 from shared import sockets
 from shared.config import NodeConfig
 from shared.engine_client import EngineClient
@@ -18,6 +20,11 @@ from shared.heart import Heart
 from shared.roles import find
 from shared.sockets import Decoder, LoopSocket
 from shared.state import Board, State
+
+
+def _loras_enabled() -> bool:
+    """DYN_LORA_ENABLED as Dynamo reads it (dynamo.common.utils.env), whose import costs more than this process."""
+    return os.environ.get("DYN_LORA_ENABLED", "").lower() in ("true", "1", "yes")
 
 
 class Prober:
@@ -37,14 +44,16 @@ class Prober:
             loop.add_signal_handler(number, end.set)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         metrics = Metrics(context, config)
+        self._client = EngineClient(config.path, "prober")
+        routes = Routes(self._client, self._adapters, loras=_loras_enabled())
         try:
-            server = await http.start(config, self, metrics)
+            server = await http.start(config, self, metrics, routes)
         except NodeError:
             metrics.close()
+            self._client.close()
             context.term()
             raise
         self._heart = Heart(config.path, "prober")
-        self._client = EngineClient(config.path, "prober")
         self._canary = Canary(config, find(config.role, text=config.text_mode), self._client, self._heart.say)
         self._heart.repeat = self._repeat
         self._decoder: Decoder[AnyState] = Decoder(AnyState, "node state")
@@ -101,6 +110,11 @@ class Prober:
             and verdict.incarnation == engine.incarnation
             and any(self._registered(name) for name in self._config.agent_names)
         )
+
+    def _adapters(self) -> set[str]:
+        """LoRA adapters that some agent has in discovery."""
+        beats = [self.board.beat(name) for name in self._config.agent_names]
+        return {name for beat in beats if beat is not None for name in beat.info.get("adapters", "").split(",") if name}
 
     def _registered(self, name: str) -> bool:
         beat = self.board.beat(name)

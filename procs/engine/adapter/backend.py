@@ -114,6 +114,10 @@ class SglangBackend:
             assert self._sink is not None
             self._sink.failed(rid, Code.INVALID, "requests go to rank 0 of this group")
             return
+        if self._routes.asleep:
+            assert self._sink is not None
+            self._sink.failed(rid, Code.OVERLOADED, "the engine's memory is released; `sgnode wake` takes it again")
+            return
         task = asyncio.get_running_loop().create_task(self._run(rid, payload))
         self._tasks[rid] = task
         task.add_done_callback(lambda _: self._tasks.pop(rid, None))

@@ -36,6 +36,8 @@ class Routes(BaseWorkerHandler):  # type: ignore[misc]
         self._changed = changed
         self._file = runtime_dir / ADAPTERS_FILE
         self._sources: dict[str, str] = {}
+        self._released: set[str] = set()
+        self._pause_mode = ""
         self._one = asyncio.Lock()
         self.serving = Serving(incarnation)
         self.paths: dict[str, Route] = {}
@@ -57,27 +59,62 @@ class Routes(BaseWorkerHandler):  # type: ignore[misc]
         if path in ALONGSIDE:
             return await route(body)
         async with self._one:
+            if path in (RELEASE, RESUME) and (answer := self._check_memory(path, body)) is not None:
+                return answer
             # SGLang's answers come through a loop that the first request would start.
             self._manager.auto_create_handle_loop()
             try:
                 answer = await route(body)
-                self._follow(path)
+                if path == "pause_generation":
+                    self._pause_mode = body.get("mode", "abort")
+                elif path == RESUME:
+                    self._released -= self._tags(body)
                 return answer
+            except BaseException:
+                if path == RELEASE:
+                    self._released -= self._tags(body)
+                raise
             finally:
                 self._say()
 
-    def _follow(self, path: str) -> None:
-        """Memory that was released is remembered here: SGLang has no word for it."""
-        if path.endswith(RELEASE):
-            self.serving.asleep = True
-        elif path.endswith(RESUME):
-            self.serving.asleep = False
+    def _check_memory(self, path: str, body: Any) -> dict[str, Any] | None:
+        """What SGLang's scheduler would die of is refused (0.5.23: assertions in weight_updater.py); what is so already is ok.
+
+        From here on no request gets in while memory is away. Raises ValueError.
+        """
+        tags = self._tags(body)
+        if path == RESUME:
+            if not self._released:
+                return {"status": "ok"}
+            if not tags <= self._released:
+                raise ValueError(f"tags {sorted(tags - self._released)}: not released; released are {sorted(self._released)}")
+            return None
+        if tags <= self._released:
+            return {"status": "ok"}
+        # Paused by retraction or abort nothing is in a running batch; in place it is.
+        if self._manager.rid_to_state and (not self._manager.is_pause or self._pause_mode == "in_place"):
+            raise ValueError(f"{len(self._manager.rid_to_state)} requests are running; drain first, or use `sgnode sleep`")
+        self._released |= tags
+        return None
+
+    def _tags(self, body: Any) -> set[str]:
+        from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
+
+        found = body.get("tags") if isinstance(body, dict) else None
+        if found is not None and (not isinstance(found, list) or not set(map(str, found)) <= set(GPU_MEMORY_ALL_TYPES)):
+            raise ValueError(f"tags: expected a list of {', '.join(GPU_MEMORY_ALL_TYPES)}, got {found!r}")
+        return set(found or GPU_MEMORY_ALL_TYPES)
+
+    @property
+    def asleep(self) -> bool:
+        """Memory is away: a request would end SGLang's scheduler."""
+        return bool(self._released)
 
     def _say(self) -> None:
         serving = self.serving
-        paused = bool(getattr(self._manager, "is_pause", False)) or serving.asleep
+        paused = bool(getattr(self._manager, "is_pause", False)) or self.asleep
         adapters = dict(self.lora_id_for_name)
-        self.serving = Serving(serving.incarnation, paused, serving.asleep, adapters, serving.taints)
+        self.serving = Serving(serving.incarnation, paused, self.asleep, adapters, serving.taints)
         self._changed(self.serving)
 
     async def _taints(self, body: Any) -> dict[str, Any]:
