@@ -45,7 +45,7 @@ class Prober:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         metrics = Metrics(context, config)
         self._client = EngineClient(config.path, "prober")
-        routes = Routes(self._client, self._adapters, loras=_loras_enabled())
+        self._routes = routes = Routes(self._client, self._adapters, loras=_loras_enabled())
         try:
             server = await http.start(config, self, metrics, routes)
         except NodeError:
@@ -85,6 +85,8 @@ class Prober:
         match frame:
             case Beat():
                 self.board.hear(frame)
+                if frame.process.startswith("agent"):
+                    self._routes.hear()
                 if frame.process == "engine":
                     self._canary.hear_engine(frame)
                 elif frame.process == "keeper":

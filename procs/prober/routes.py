@@ -26,6 +26,11 @@ class Routes:
         self._client = client
         self._adapters = adapters
         self._loras = loras
+        self._heard = asyncio.Event()
+
+    def hear(self) -> None:
+        """An agent has said something."""
+        self._heard.set()
 
     def add(self, app: web.Application) -> None:
         app.router.add_route("*", "/engine/{path:.*}", self.engine)
@@ -69,7 +74,8 @@ class Routes:
         answer = await self._ask("load_lora", body)
         if answer.get("status") == "success" and not await self._followed(body["lora_name"]):
             await self._ask("unload_lora", {"lora_name": body["lora_name"]})
-            message = f"Failed to register LoRA '{body['lora_name']}' in discovery registry: no agent has it after {FOLLOW_SECONDS:.0f} s"
+            why = f"no agent has it after {FOLLOW_SECONDS:.0f} s"
+            message = f"Failed to register LoRA '{body['lora_name']}' in discovery registry: {why}"
             answer = {"status": "error", "message": message, "lora_name": body["lora_name"]}
         return _json(answer)
 
@@ -87,7 +93,8 @@ class Routes:
         try:
             async with asyncio.timeout(FOLLOW_SECONDS):
                 while name not in self._adapters():
-                    await asyncio.sleep(0.02)
+                    self._heard.clear()
+                    await self._heard.wait()
         except TimeoutError:
             return False
         return True
