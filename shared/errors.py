@@ -20,6 +20,8 @@ class Code(enum.StrEnum):
     """Tokens are missing in the stream (an offset did not follow): migratable for this request only."""
     OVERLOADED = "overloaded"
     """A bound was reached: migratable for this request only."""
+    PEER_DEAD = "peer_dead"
+    """The engine that had this request's KV cache died before it was here: migratable for this request only."""
     UNKNOWN = "unknown"
     """There is no control of that name."""
     INTERNAL = "internal"

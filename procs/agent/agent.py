@@ -102,6 +102,7 @@ class Agent:
         finally:
             states.close()
             context.term()
+            self._handler.peers.close()
             await self._identity.close()
             self._heart.set(State.STOPPED)
             self._client.close()

@@ -23,14 +23,16 @@ def exception(error: RequestError, *, started: bool) -> Exception:
             return InvalidArgument(message)
         case Code.ENGINE_DEAD | Code.DRAINING | Code.STALE:
             return EngineShutdown(message)
-        case Code.GAP | Code.STALLED | Code.OVERLOADED:
+        case Code.GAP | Code.STALLED | Code.OVERLOADED | Code.PEER_DEAD:
             # One request's trouble must not take the instance out of routing.
             return Disconnected(message) if started else CannotConnect(message)
     return RuntimeError(message)
 
 
-def abort_exception(finish: dict[str, Any]) -> Exception:
+def abort_exception(finish: dict[str, Any], *, started: bool = False, handover: bool = False) -> Exception:
     """The exception for a terminal abort that nobody here asked for.
+
+    ``handover``: a KV cache comes from another engine or goes to one.
 
     With a status code it is SGLang's verdict on the request (dynamo.sglang: _raise_if_sglang_error); without one the engine
     ended it by itself, which another worker may continue.
@@ -41,4 +43,7 @@ def abort_exception(finish: dict[str, Any]) -> Exception:
         return EngineShutdown(message)
     if isinstance(status, bool) or not isinstance(status, int) or not 400 <= status < 600:
         status = 500
+    if handover and status >= 500:
+        # A handover that failed says nothing against the request: another pair of engines may do it.
+        return exception(RequestError(Code.PEER_DEAD, message), started=started)
     return InvalidArgument(message) if status == 400 else HttpError(status, message)

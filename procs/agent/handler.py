@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from procs.agent.failures import abort_exception, exception
+from procs.agent.peers import Peers
 from shared.engine_client import EngineClient, Stream, interleaved
 from shared.errors import Code, RequestError
-from shared.roles.role import Asked, Chunk, Role
+from shared.roles.role import Asked, Chunk, Payload, Role
 
 
 class Handler:
@@ -19,6 +20,8 @@ class Handler:
         self._role = role
         self._refuse = refuse
         self._streams: set[Stream] = set()
+        self._handover = role.worker_type in ("Prefill", "Decode")
+        self.peers = Peers()
         self.running = 0
         self.total = 0
         self.first_token_source: Any | None = None
@@ -39,10 +42,11 @@ class Handler:
             if opening is not None:
                 yield opening
             async for index, output in interleaved(streams):
+                self.peers.release(streams[index])
                 if killed.done():
                     continue  # nobody listens; only the terminal outputs are waited for
                 if output.finish is not None and output.finish.get("type") == "abort":
-                    raise abort_exception(output.finish)
+                    raise abort_exception(output.finish, started=started, handover=self._handover)
                 chunk = self._role.to_dynamo(output, index, asked)
                 if not started:
                     started = True
@@ -56,6 +60,7 @@ class Handler:
                 killed.cancel()
             for stream in streams:
                 stream.abort()
+                self.peers.release(stream)
             self._streams.difference_update(streams)
             self.running -= 1
             self.on_change()
@@ -83,8 +88,17 @@ class Handler:
             stream = self._client.submit(payload)
             streams.append(stream)
             self._streams.add(stream)
+            self._needs_peer(payload, stream)
             logging.info("Submitted SGLang Request ID: %s, Context: %s", stream.rid, context.id())
         return asked, opening
+
+    def _needs_peer(self, payload: Payload, stream: Stream) -> None:
+        """A decode request waits for the prefill engine that it names; a canary names none."""
+        where = payload.get("fields", payload)
+        host, port = where.get("bootstrap_host"), where.get("bootstrap_port")
+        welcome = self._client.welcome
+        if self._role.worker_type == "Decode" and host and port and welcome and host != welcome.facts.fake_bootstrap_host:
+            self.peers.hold(host, port, stream)
 
     def cut(self) -> None:
         """The drain deadline: what still runs ends with the migratable error."""

@@ -101,9 +101,10 @@ def _say(text: str) -> None:
 
 @contextlib.contextmanager
 def discovery(environ: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """The nodes' environment, with one store for both: DYN_FILE_KV if it is set, else a directory that goes with this program."""
+    """The nodes' environment. One store for both: DYN_FILE_KV if it is set, else a directory that goes with this program."""
     with tempfile.TemporaryDirectory(prefix="sgnode-disagg-") as place:
-        yield {"DYN_FILE_KV": place, **environ, "PYTHONUNBUFFERED": "1"}
+        # The cache goes from one to the other on this machine: no port of it needs to be open to others.
+        yield {"DYN_FILE_KV": place, "SGLANG_HOST_IP": "127.0.0.1", **environ, "PYTHONUNBUFFERED": "1"}
 
 
 def main(argv: list[str]) -> int:

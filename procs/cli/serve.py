@@ -40,6 +40,14 @@ CPU_DEFAULTS = {
     "--sleep-on-idle": [],
 }
 """On a host without a GPU, for flags that were not given: what SGLang 0.5.23 needs to run there at all."""
+CPU_DISAGGREGATED = {
+    "prefill": {"--disaggregation-transfer-backend": ["mooncake_tcp"]},
+    "decode": {
+        "--disaggregation-transfer-backend": ["mooncake_tcp"],
+        "--disaggregation-decode-retraction-backup": ["cpu_tensor"],
+    },
+}
+"""The same by --disaggregation-mode: the KV cache goes over TCP, and nothing is kept in pinned memory."""
 STOP_MARGIN_SECONDS = 15
 """Between what a process may need for its stop and supervisord's SIGKILL."""
 GROUP_PORT_OFFSET = 100
@@ -136,7 +144,8 @@ def _hardware(found: NodeFlags) -> tuple[dict[str, str], list[str]]:
         return dict(os.environ), []
     notes = []
     if not has_gpu() and not _has(found, "--device"):
-        added = [part for flag, values in CPU_DEFAULTS.items() if not _has(found, flag) for part in (flag, *values)]
+        defaults = {**CPU_DEFAULTS, **CPU_DISAGGREGATED.get(str(_given(found, "--disaggregation-mode")), {})}
+        added = [part for flag, values in defaults.items() if not _has(found, flag) for part in (flag, *values)]
         found.worker_argv += added
         notes.append(f"no GPU here, so these are added (pass --device to choose yourself): {' '.join(added)}")
     return engine_environment(_given(found, "--device")), notes

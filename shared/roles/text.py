@@ -33,7 +33,7 @@ class ChatRequest(msgspec.Struct):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | list[int] | None = None
+    stop: str | list[str | int] | None = None
     stop_token_ids: list[int] | None = None
     guided_decoding: dict[str, Any] | None = None
     routing: Routing | None = None
@@ -96,8 +96,10 @@ def _stop(read: ChatRequest) -> dict[str, Any]:
     """Stop words, or token ids in their place; an empty list means none."""
     if isinstance(read.stop, str):
         return {"stop": read.stop}
-    if read.stop:
-        return {"stop_token_ids" if isinstance(read.stop[0], int) else "stop": read.stop}
+    if read.stop and all(isinstance(word, str) for word in read.stop):
+        return {"stop": read.stop}
+    if read.stop and all(isinstance(word, int) for word in read.stop):
+        return {"stop_token_ids": read.stop}
     return {"stop_token_ids": read.stop_token_ids} if read.stop_token_ids else {}
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 from typing import Any
 
@@ -57,7 +58,7 @@ def leader(config: NodeConfig, engine: Any, server_args: Any, dynamo_args: Any, 
         },
         runtime_data=data,
         metrics_dir=os.environ.get("PROMETHEUS_MULTIPROC_DIR") if server_args.enable_metrics else None,
-        bootstrap_host=card.bootstrap_host,
+        bootstrap_host=_bootstrap_host(card.bootstrap_host, server_args),
         bootstrap_port=card.bootstrap_port,
         fake_bootstrap_host=FAKE_BOOTSTRAP_HOST,
         skip_tokenizer_init=bool(server_args.skip_tokenizer_init),
@@ -65,6 +66,21 @@ def leader(config: NodeConfig, engine: Any, server_args: Any, dynamo_args: Any, 
         uploads=bool(getattr(dynamo_args, "enable_rl", False)),
         max_loras=getattr(server_args, "max_loras_per_batch", None) if lora else None,
     )
+
+
+def _bootstrap_host(found: str | None, server_args: Any) -> str | None:
+    """Where a prefill's bootstrap server is reached: the address that it listens on, unless it listens on all.
+
+    dynamo.sglang advertises an outward address in any case, which nothing answers at while SGLang listens on loopback.
+    """
+    from sglang.srt.utils.network import NetworkAddress
+
+    host = server_args.host
+    if found is None or not host or host in ("0.0.0.0", "::", "[::]"):
+        return found
+    if server_args.disaggregation_mode == "prefill" and host in ("127.0.0.1", "localhost", "::1", "[::1]"):
+        logging.warning("prefill listens on %s: decode engines of other machines need --host 0.0.0.0 here", host)
+    return str(NetworkAddress(host.strip("[]"), 0).to_host_port_str()).rpartition(":")[0]
 
 
 def follower(config: NodeConfig, engine: Any, server_args: Any, load_seconds: float) -> EngineFacts:
