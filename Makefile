@@ -1,6 +1,7 @@
 # make serve   set up .venv, make a demo model unless MODEL is given, run a node in the foreground
 # make test    set up the same way and run the tests
 # make soak    the rounds of faults, repeated; figures are kept in benchmarks/results
+# make serve-disagg   a prefill node, a decode node and one frontend on this machine; Ctrl-C drains both in order
 # MODEL=/path ARGS="--tp-size 2" make serve   any model, any flag of `sgnode serve`
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,13 +13,13 @@ bin := $(VENV)/bin
 log := $(VENV)/setup.log
 demo := models/demo-llama
 gpu := $(shell command -v nvidia-smi 2>/dev/null)
-pins := $(wildcard requirements/*.txt) $(wildcard cpu-kernels/*.toml cpu-kernels/sgl_kernel/*.py) pyproject.toml
+pins := $(wildcard requirements/*.txt) $(wildcard cpu-kernels/*.toml cpu-kernels/*.py cpu-kernels/sgl_kernel/*.py) pyproject.toml
 pip = $(bin)/python -m pip install --disable-pip-version-check --no-input
 say = @printf '%s\n'
 # Output goes to a log; when a step fails its end is shown.
 quiet = >>$(log) 2>&1 || { tail -n 20 $(log); echo "make setup failed; the whole log: $(log)"; exit 1; }
 
-.PHONY: setup serve test soak lint clean
+.PHONY: setup serve serve-disagg test soak lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -31,8 +32,7 @@ ifeq ($(gpu),)
 	@$(pip) torch==2.13.0 $(quiet)
 	$(say) "  2/4 SGLang, Dynamo and what they need"
 	@$(pip) --no-deps -r requirements/cpu.txt $(quiet)
-# The index has only torchvision's CUDA build; this file of it names operators that CPU torch doesn't have.
-	@$(bin)/python -c 'import importlib.util as u; open(u.find_spec("torchvision").submodule_search_locations[0] + "/_meta_registrations.py", "w").close()' $(quiet)
+	@$(bin)/python cpu-kernels/patch_installed.py $(quiet)
 	$(say) "  3/4 the stand-in for SGLang's kernels, test tools"
 	@$(pip) --no-deps -r requirements/dev.txt $(quiet)
 	@$(pip) --no-deps --no-build-isolation --force-reinstall ./cpu-kernels $(quiet)
@@ -54,6 +54,9 @@ $(demo)/config.json: | setup
 
 serve: setup $(if $(MODEL),,$(demo)/config.json)
 	@exec $(bin)/sgnode serve $(or $(MODEL),$(demo) --served-model-name demo) $(ARGS)
+
+serve-disagg: setup $(if $(MODEL),,$(demo)/config.json)
+	@exec $(bin)/python -m procs.cli.disagg $(or $(MODEL),$(demo) --served-model-name demo) $(ARGS)
 
 lint: setup
 	$(bin)/ruff check .

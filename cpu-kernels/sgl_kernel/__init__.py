@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 __version__ = "0.0.0+cpu.stand.in"
 
@@ -88,6 +89,8 @@ def __getattr__(name: str) -> Any:
 if not torch.cuda.is_available():
     torch.cuda.Event = _NullEvent  # type: ignore[misc, assignment]
     torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign]
+    # `with torch.device(...)` keeps a set of the functions that it applies to, made when it is first asked: before this.
+    _device_constructors()
     # Those that SGLang 0.5.23 calls with pin_memory=True for its LoRA backend torch_native (srt/lora).
     for _name in ("tensor", "empty", "zeros"):
         setattr(torch, _name, _without_pinning(getattr(torch, _name)))
@@ -100,4 +103,6 @@ _NAMED_AT_IMPORT = (
 )
 _library = torch.library.Library("sgl_kernel", "FRAGMENT")
 for _name in _NAMED_AT_IMPORT:
-    _library.define(f"{_name}(Tensor x) -> Tensor")
+    # A program may have named them before it imported SGLang.
+    if not hasattr(torch.ops.sgl_kernel, _name):
+        _library.define(f"{_name}(Tensor x) -> Tensor")

@@ -1,10 +1,18 @@
 """The stand-in's one real function against an independent reference, and what it must not pretend."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import sgl_kernel
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+_spec = importlib.util.spec_from_file_location("patch_installed", Path(__file__).parents[2] / "cpu-kernels/patch_installed.py")
+assert _spec is not None and _spec.loader is not None
+patch = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(patch)
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,3 +48,49 @@ def test_no_operator_is_registered() -> None:
     """SGLang asks hasattr and takes a registered operator as a promise."""
     assert not hasattr(torch.ops.sgl_kernel, "convert_weight_packed")
     assert not hasattr(torch.ops.sgl_kernel, "fused_qk_norm_cpu")
+
+
+def test_page_locked_memory_is_ordinary_memory_and_torch_is_otherwise_the_same() -> None:
+    """SGLang's LoRA asks for it; without a GPU torch refuses."""
+    assert torch.tensor([1, 2], dtype=torch.int32, pin_memory=True).tolist() == [1, 2]
+    assert torch.zeros(3, dtype=torch.int64, pin_memory=True).tolist() == [0, 0, 0]
+    assert torch.empty((2, 3), pin_memory=True).shape == (2, 3)
+    ordinary = torch.ones(2)
+    assert ordinary.pin_memory() is ordinary
+    with torch.device("meta"):
+        assert torch.zeros(2).device.type == torch.empty(2).device.type == torch.tensor([1]).device.type == "meta"
+    event = torch.cuda.Event()
+    event.record()
+    assert event.query()
+
+
+def _installed(tmp_path: Path, text: str) -> Path:
+    target = tmp_path / patch.SENDER
+    target.parent.mkdir(parents=True)
+    target.write_text(text)
+    return target
+
+
+def test_the_sender_is_changed_once_and_a_second_run_changes_nothing(tmp_path: Path) -> None:
+    target = _installed(tmp_path, f"class Sender:\n{patch.PINNED}\n")
+    for _ in range(2):
+        patch.send_without_page_locked_memory(tmp_path)
+        assert target.read_text() == f"class Sender:\n{patch.PLAIN}\n"
+
+
+@pytest.mark.parametrize("text", ["class Sender:\n    pass\n", f"class One:\n{patch.PINNED}class Two:\n{patch.PINNED}"])
+def test_another_sender_than_the_tested_one_fails_the_setup(tmp_path: Path, text: str) -> None:
+    target = _installed(tmp_path, text)
+    with pytest.raises(SystemExit, match="another SGLang than the tested one"):
+        patch.send_without_page_locked_memory(tmp_path)
+    assert target.read_text() == text
+
+
+def test_the_installed_files_are_changed() -> None:
+    assert patch.PLAIN in (patch.package("sglang") / patch.SENDER).read_text()
+    assert (patch.package("torchvision") / "_meta_registrations.py").read_text() == ""
+
+
+def test_registrations_that_are_not_there_fail_the_setup(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no such file"):
+        patch.empty_torchvision_registrations(tmp_path)

@@ -1,9 +1,12 @@
-"""The demo model: transformers loads it, its tokenizer keeps every byte, and two runs write the same."""
+"""The demo models: transformers loads them, their tokenizer keeps every byte, and two runs write the same."""
 
+import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from procs.cli import demo_model
 from shared.errors import NodeError
@@ -41,14 +44,72 @@ def test_the_tokenizer_keeps_every_text_and_has_a_chat_template(made: tuple[str,
     assert len(tokenizer("<|im_start|>")["input_ids"]) == 1
 
 
-def test_two_runs_write_the_same_bytes(made: tuple[str, Path], tmp_path: Path) -> None:
-    arch, target = made
-    demo_model.main([str(tmp_path / "again"), "--arch", arch])
-    names = sorted(path.name for path in target.iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+@pytest.mark.parametrize("flags", [[], ["--arch", "qwen3"], ["--arch", "reranker"], ["--lora"]], ids=" ".join)
+def test_two_runs_write_the_same_bytes(flags: list[str], tmp_path: Path) -> None:
+    one, again = tmp_path / "one", tmp_path / "again"
+    for target in (one, again):
+        assert demo_model.main([str(target), *flags]) == 0
+    names = sorted(path.relative_to(one) for path in one.rglob("*"))
+    assert names == sorted(path.relative_to(again) for path in again.rglob("*"))
     for name in names:
-        assert (target / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+        assert (one / name).is_dir() or (one / name).read_bytes() == (again / name).read_bytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "one"]
+
+
+def test_the_adapter_changes_a_greedy_answer_and_nothing_of_the_model(made: tuple[str, Path], tmp_path: Path) -> None:
+    arch, plain = made
+    target = tmp_path / "model"
+    assert demo_model.main([str(target), "--arch", arch, "--lora"]) == 0
+    assert (target / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    adapter = target / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 8
+    assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert len(weights) == 2 * 2 * 4
+    # As PEFT would merge it.
+    model = AutoModelForCausalLM.from_pretrained(target)
+    ids = AutoTokenizer.from_pretrained(target)("The quick brown fox", return_tensors="pt")["input_ids"]
+    before = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    for key in [key for key in weights if "lora_A" in key]:
+        module = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+        delta = weights[key.replace("lora_A", "lora_B")] @ weights[key]
+        assert delta.shape == module.weight.shape
+        module.weight.data += delta * config["lora_alpha"] / config["r"]
+    after = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert before.tolist() != after.tolist()
+
+
+def test_the_reranker_scores_pairs_and_tells_documents_apart(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    assert demo_model.main([str(target), "--arch", "reranker"]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(target).eval()
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    read = tokenizer("fox", "lazy dog", return_tensors="pt", return_token_type_ids=True)
+    ids, types = read["input_ids"][0].tolist(), read["token_type_ids"][0].tolist()
+    assert ids[0] == 1 and ids.count(2) == 2 and ids[-1] == 2
+    assert types == sorted(types) and set(types) == {0, 1} and types.count(0) == ids.index(2) + 1
+    scores = []
+    for document in ("The quick brown fox", "lazy dog", "one token"):
+        with torch.no_grad():
+            scores.append(model(**tokenizer("fox", document, return_tensors="pt")).logits.item())
+    assert min(abs(one - other) for one in scores for other in scores if one is not other) > 0.1
+
+
+def test_the_diffusion_model_has_sdars_name_and_answers_with_what_the_tokenizer_knows(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    assert demo_model.main([str(target), "--arch", "sdar"]) == 0
+    config = json.loads((target / "config.json").read_text())
+    assert config["architectures"] == ["SDARForCausalLM"] and config["vocab_size"] > 151669
+    known = len(AutoTokenizer.from_pretrained(target))
+    head = load_file(target / "model.safetensors")["lm_head.weight"]
+    assert not head[known:].any() and head[:known].any(dim=1).all()
+
+
+def test_an_adapter_needs_a_decoder(tmp_path: Path) -> None:
+    with pytest.raises(NodeError, match="--lora: expected --arch llama or qwen3, got reranker"):
+        demo_model.main([str(tmp_path / "model"), "--arch", "reranker", "--lora"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
