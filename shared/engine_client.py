@@ -34,7 +34,7 @@ from shared.frames import (
     Welcome,
 )
 from shared.merge import merge
-from shared.sockets import Decoder, LoopSocket, encode
+from shared.sockets import REQUEST_MAX_BYTES, UNENCODABLE, Decoder, LoopSocket, encode
 from shared.state import BEAT_SECONDS, LOST, UP, Board, State
 
 HELLO_SECONDS = 1.0
@@ -230,14 +230,13 @@ class EngineClient:
         return self._decoder.dropped
 
     def submit(self, payload: dict[str, Any]) -> Stream:
-        """Start a request. Raises RequestError(ENGINE_DEAD) when no engine is welcomed."""
+        """Start a request. Raises RequestError: ENGINE_DEAD when no engine is welcomed, INVALID for what no frame can carry."""
         if self.welcome is None:
             raise RequestError(Code.ENGINE_DEAD, "no engine is up")
         stream = Stream(self, uuid.uuid4().hex)
-        self._streams[stream.rid] = stream
         if not self.send(Submit(self.welcome.incarnation, stream.rid, payload)):
-            self.forget(stream.rid)
             raise RequestError(Code.ENGINE_DEAD, "the engine's socket takes no request")
+        self._streams[stream.rid] = stream
         return stream
 
     async def control(self, op: str, args: dict[str, Any], seconds: float = 60.0) -> Any:
@@ -247,8 +246,9 @@ class EngineClient:
         self._control_id += 1
         number = self._control_id
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if not self.send(Control(number, op, args)):
+            raise RequestError(Code.ENGINE_DEAD, f"{op}: the engine's socket takes no control")
         self._controls[number] = future
-        self.send(Control(number, op, args))
         try:
             return await asyncio.wait_for(future, seconds)
         except TimeoutError as error:
@@ -257,11 +257,18 @@ class EngineClient:
             self._controls.pop(number, None)
 
     def send(self, frame: Frame) -> bool:
-        """Send a frame; False when the engine can't take it now."""
+        """Send a frame; False when the engine can't take it now. Raises RequestError(INVALID) for what no frame can carry."""
         if self._socket is None:
             return False
         try:
-            self._socket.send([encode(frame)])
+            data = encode(frame)
+        except UNENCODABLE as error:
+            raise RequestError(Code.INVALID, f"a value of the request can't be passed on: {error}") from None
+        if len(data) > REQUEST_MAX_BYTES:
+            # It would cost every stream of this process its connection.
+            raise RequestError(Code.INVALID, f"the request has {len(data)} bytes, {REQUEST_MAX_BYTES} at most")
+        try:
+            self._socket.send([data])
         except zmq.Again:
             return False
         return True

@@ -4,7 +4,7 @@ from typing import Any
 
 from shared.frames import Output
 
-LISTS = ("output_token_logprobs", "output_top_logprobs")
+LISTS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
 """Entries of ``meta`` that hold one item a token; they are joined, everything else takes the newer value."""
 
 NESTED = ("native", "meta_info")

@@ -180,3 +180,5 @@ class Decoder(Generic[T]):
 
 
 encode = msgspec.msgpack.Encoder().encode
+UNENCODABLE = (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError)
+"""What ``encode`` raises for what no frame can carry: integers past 64 bits, half a surrogate, objects, too deep a nest."""

@@ -9,6 +9,7 @@ from procs.agent.failures import abort_exception, exception
 from procs.agent.peers import Peers
 from shared.engine_client import EngineClient, Stream, interleaved
 from shared.errors import Code, RequestError
+from shared.frames import Output
 from shared.roles.role import Asked, Chunk, Payload, Role
 
 
@@ -45,7 +46,7 @@ class Handler:
                 self.peers.release(streams[index])
                 if killed.done():
                     continue  # nobody listens; only the terminal outputs are waited for
-                if output.finish is not None and output.finish.get("type") == "abort":
+                if output.finish is not None and output.finish.get("type") == "abort" and not _is_verdict(output, asked):
                     raise abort_exception(output.finish, started=started, handover=self._handover)
                 chunk = self._role.to_dynamo(output, index, asked)
                 if not started:
@@ -73,6 +74,8 @@ class Handler:
         if self._client.welcome is None:
             raise RequestError(Code.ENGINE_DEAD, "no engine is up")
         facts = self._client.welcome.facts
+        if not isinstance(request, dict):
+            raise RequestError(Code.INVALID, "invalid request: expected an object")
         asked = Asked(request, facts, context.id(), context.trace_headers() if facts.traces else None)
         try:
             payloads = self._role.to_engine(asked)
@@ -106,6 +109,11 @@ class Handler:
             if not stream.ended:
                 stream.abort()
                 stream.fail(RequestError(Code.ENGINE_DEAD, "the node is stopping"))
+
+
+def _is_verdict(output: Output, asked: Asked) -> bool:
+    """SGLang's own word on an engine-native request, which has its own form in the answer."""
+    return "native" in asked.kept and (output.finish or {}).get("status_code") is not None
 
 
 def _abort(streams: list[Stream], context: Any) -> None:

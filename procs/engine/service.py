@@ -36,7 +36,7 @@ from shared.frames import (
 )
 from shared.heart import Heart
 from shared.merge import merge
-from shared.sockets import Decoder, LoopSocket, encode
+from shared.sockets import UNENCODABLE, Decoder, LoopSocket, encode
 from shared.state import UP, State
 
 WINDOW = 64
@@ -182,7 +182,10 @@ class Service:
         except Exception as error:  # an engine control may fail in any way; the peer gets the reason
             logging.warning("control %s: %s: %s", control.op, type(error).__name__, error)
             done = ControlDone(control.id, f"{type(error).__name__}: {error}", code=Code.INTERNAL)
-        self._send(peer.identity, done)
+        try:
+            self._send(peer.identity, done)
+        except UNENCODABLE as error:
+            self._send(peer.identity, ControlDone(control.id, f"{type(error).__name__}: {error}", code=Code.INTERNAL))
 
     # --- what leaves (Sink) ------------------------------------------------------------------------------------------
 
@@ -221,8 +224,7 @@ class Service:
         peer.rids.discard(rid)
         waiting = peer.waiting.pop(rid, None)
         if waiting is not None:
-            peer.sent += 1
-            self._send(peer.identity, Step(self._incarnation, peer.sent, [waiting]))
+            self._send_step(peer, [waiting])
         self._send(peer.identity, Failed(rid, code, message))
 
     def kv_use(self, use: KvUse) -> None:
@@ -247,9 +249,29 @@ class Service:
             return
         outputs = list(peer.waiting.values())
         peer.waiting.clear()
-        peer.sent += 1
         self._steps += 1
-        self._send(peer.identity, Step(self._incarnation, peer.sent, outputs))
+        self._send_step(peer, outputs)
+
+    def _send_step(self, peer: Peer, outputs: list[Output]) -> None:
+        """An output that no frame can carry ends its own request; the others of the step go."""
+        peer.sent += 1
+        try:
+            self._send(peer.identity, Step(self._incarnation, peer.sent, outputs))
+        except UNENCODABLE:
+            good = [output for output in outputs if not self._unencodable(peer, output)]
+            self._send(peer.identity, Step(self._incarnation, peer.sent, good))
+
+    def _unencodable(self, peer: Peer, output: Output) -> bool:
+        try:
+            encode(output)
+        except UNENCODABLE as error:
+            logging.error("request %s: %s: %s", output.rid, type(error).__name__, error)
+            if self._streams.pop(output.rid, None) is not None:
+                peer.rids.discard(output.rid)
+                self._backend.abort(output.rid)
+            self._send(peer.identity, Failed(output.rid, Code.INTERNAL, f"the answer can't be passed on: {error}"))
+            return True
+        return False
 
     def _send(self, identity: bytes, frame: FromEngine) -> None:
         if self._socket is None:

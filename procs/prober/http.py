@@ -9,9 +9,10 @@ from procs.prober.metrics import Metrics
 from procs.prober.routes import Routes, not_found
 from shared.config import NodeConfig
 from shared.errors import NodeError
+from shared.sockets import REQUEST_MAX_BYTES
 
-MAX_BODY = 1 << 30
-"""Bytes of a request's body: weights may come in one (update_weights_from_tensor)."""
+MAX_BODY = REQUEST_MAX_BYTES
+"""Bytes of a request's body: what the engine's socket takes."""
 
 
 class Node(Protocol):

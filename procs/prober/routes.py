@@ -33,7 +33,7 @@ class Routes:
         self._heard.set()
 
     def add(self, app: web.Application) -> None:
-        app.router.add_route("*", "/engine/{path:.*}", self.engine)
+        app.router.add_route("*", "/engine/{path:.+}", self.engine)
         if self._loras:
             app.add_routes([web.get("/v1/loras", self.list), web.post("/v1/loras", self.load)])
             app.router.add_delete("/v1/loras/{name:.+}", self.unload)
@@ -44,7 +44,7 @@ class Routes:
         data = await request.read()
         try:
             body = msgspec.json.decode(data) if data else {}
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             return _text(400, {"error": "Invalid JSON", "message": str(error)})
         try:
             answer = await self._client.control("route", {"path": path, "body": body}, CONTROL_SECONDS)
@@ -65,7 +65,7 @@ class Routes:
             return web.Response(status=415, text="Expected request with `Content-Type: application/json`")
         try:
             body = json.loads(await request.read())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return web.Response(status=400, text=f"Failed to parse the request body as JSON: {error}")
         try:
             msgspec.convert(body, LoadLora)
@@ -124,9 +124,13 @@ def _json(answer: dict[str, Any]) -> web.Response:
 
 @web.middleware
 async def not_found(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Dynamo's words for a path that isn't there."""
+    """Dynamo's words for what aiohttp has words of its own for."""
     try:
         response: web.StreamResponse = await handler(request)
     except web.HTTPNotFound:
         return web.Response(status=404, text="Route not found")
+    except web.HTTPMethodNotAllowed as error:
+        return web.Response(status=405, headers={"Allow": error.headers["Allow"]})
+    except web.HTTPRequestEntityTooLarge:
+        return web.Response(status=413, text="Failed to buffer the request body: length limit exceeded")
     return response

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import msgspec
+
 from shared.errors import Code, RequestError
 from shared.frames import EngineFacts, Output
 from shared.roles import native, request, tokens
-from shared.roles.request import TokenRequest
+from shared.roles.request import Bootstrap, TokenRequest
 from shared.roles.role import Asked, Chunk, Payload, Request, Role
 
 HEALTH_CHECK = "_HEALTH_CHECK"
@@ -23,20 +25,20 @@ def one_sample(read: TokenRequest, body: dict[str, Any] | None) -> None:
         )
 
 
+def handover(found: Bootstrap | None) -> dict[str, Any]:
+    """Where the KV cache is. Raises RequestError(INTERNAL)."""
+    if found is None or found.bootstrap_host is None or found.bootstrap_room is None:
+        raise RequestError(Code.INTERNAL, "bootstrap_info is required for disaggregated decode but was not provided")
+    return msgspec.to_builtins(found)  # type: ignore[no-any-return]
+
+
 def to_engine(asked: Asked) -> list[Payload]:
     """Raises RequestError(INTERNAL) without bootstrap information: a router's mistake, not the client's."""
     read = request.read(asked.request)
     body = native.body(asked)
     one_sample(read, body)
     tokens.check(read, asked)
-    found = read.bootstrap_info
-    if found is None or found.bootstrap_host is None or found.bootstrap_room is None:
-        raise RequestError(Code.INTERNAL, "bootstrap_info is required for disaggregated decode but was not provided")
-    where: dict[str, Any] = {
-        "bootstrap_host": found.bootstrap_host,
-        "bootstrap_port": found.bootstrap_port,
-        "bootstrap_room": found.bootstrap_room,
-    }
+    where = handover(read.bootstrap_info)
     if read.routing is not None and read.routing.prefill_dp_rank is not None:
         where["disagg_prefill_dp_rank"] = read.routing.prefill_dp_rank
     if body is not None:

@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from shared.errors import Code, RequestError
 from shared.frames import EngineFacts, Output
+from shared.roles.request import typed
 from shared.roles.role import Asked, Chunk, Payload, Request, Role
 
 FLOAT = 4
@@ -25,10 +26,7 @@ class EmbeddingRequest(msgspec.Struct):
 
 def to_engine(asked: Asked) -> list[Payload]:
     """Texts and token ids take different arguments of SGLang's. Raises RequestError(INVALID)."""
-    try:
-        read = msgspec.convert(asked.request, EmbeddingRequest)
-    except msgspec.ValidationError as error:
-        raise RequestError(Code.INVALID, f"invalid request: {error}") from None
+    read = typed(asked.request, EmbeddingRequest)
     given = read.input
     if not given:
         raise RequestError(Code.INVALID, "input: expected a text, token ids, or a list of either; it is empty")

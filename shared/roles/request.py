@@ -3,7 +3,7 @@
 Source: Dynamo 1.6.1, PreprocessedRequest (lib/llm/src/protocols/common/preprocessor.rs). Unknown fields are left alone.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -46,7 +46,7 @@ class Routing(msgspec.Struct):
 
     dp_rank: Count | None = None
     prefill_dp_rank: Count | None = None
-    priority: int | float | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | Annotated[float, Meta(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: str | None = None
 
 
@@ -54,8 +54,8 @@ class Bootstrap(msgspec.Struct):
     """Where a decode engine finds the KV cache of its request."""
 
     bootstrap_host: str | None = None
-    bootstrap_port: int | None = None
-    bootstrap_room: int | None = None
+    bootstrap_port: Annotated[int, Meta(ge=0, lt=2**16)] | None = None
+    bootstrap_room: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
 
 
 class TokenRequest(msgspec.Struct):
@@ -78,12 +78,21 @@ def read(request: dict[str, Any]) -> TokenRequest:
     """The request's fields. Raises RequestError(INVALID) naming the first wrong one."""
     from dynamo.common.utils.token_ids import token_ids_to_list
 
+    tokens = request.get("token_ids")
+    if not isinstance(tokens, list):
+        try:
+            tokens = [] if tokens is None else token_ids_to_list(tokens)
+        except (ValueError, TypeError) as error:
+            raise RequestError(Code.INVALID, f"invalid request: token_ids: {error}") from None
+    return typed({**request, "token_ids": tokens}, TokenRequest)
+
+
+T = TypeVar("T")
+
+
+def typed(request: dict[str, Any], kind: type[T]) -> T:
+    """The request's fields as that struct's. Raises RequestError(INVALID) naming the first wrong one."""
     try:
-        tokens = request.get("token_ids")
-        if tokens is not None and not isinstance(tokens, list):
-            request = {**request, "token_ids": token_ids_to_list(tokens)}
-        elif tokens is None:
-            request = {**request, "token_ids": []}
-        return msgspec.convert(request, TokenRequest)
-    except (msgspec.ValidationError, ValueError, TypeError) as error:
+        return msgspec.convert(request, kind)
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:  # ValueError: half a surrogate
         raise RequestError(Code.INVALID, f"invalid request: {error}") from None

@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from shared.errors import Code, RequestError
 from shared.frames import EngineFacts, Output
+from shared.roles.request import typed
 from shared.roles.role import Asked, Chunk, Payload, Request, Role
 
 
@@ -22,10 +23,7 @@ class RerankRequest(msgspec.Struct):
 
 def to_engine(asked: Asked) -> list[Payload]:
     """Raises RequestError(INVALID)."""
-    try:
-        read = msgspec.convert(asked.request, RerankRequest)
-    except msgspec.ValidationError as error:
-        raise RequestError(Code.INVALID, f"invalid request: {error}") from None
+    read = typed(asked.request, RerankRequest)
     if not read.query.strip():
         raise RequestError(Code.INVALID, "Query cannot be empty or whitespace only")
     if not read.documents:

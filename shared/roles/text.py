@@ -10,7 +10,7 @@ from msgspec import Meta
 from shared.errors import Code, RequestError
 from shared.frames import EngineFacts, Output
 from shared.roles import decode, tokens
-from shared.roles.request import MAX_SAMPLES, Bootstrap, Count, Routing, SamplingOptions, TokenRequest
+from shared.roles.request import MAX_SAMPLES, Bootstrap, Count, Routing, SamplingOptions, TokenRequest, typed
 from shared.roles.role import Asked, Chunk, Payload, Request, Role
 
 RENDERED = ("messages", "prompt", "text", "chat_template_kwargs", "chat_template_args")
@@ -60,10 +60,7 @@ def text_mode(role: Role) -> Role:
 
 def _to_engine(asked: Asked, *, disaggregated: bool) -> list[Payload]:
     request = asked.request
-    try:
-        read = msgspec.convert(request, ChatRequest, strict=True)
-    except msgspec.ValidationError as error:
-        raise RequestError(Code.INVALID, f"invalid request: {error}") from None
+    read = typed(request, ChatRequest)
     if not any(name in request for name in RENDERED[:3]):
         raise RequestError(Code.INVALID, "No input parameter found in request: expected messages, prompt or text")
     tokens.reject_media({**request, "extra_args": {"messages": request.get("messages")}})
@@ -74,6 +71,8 @@ def _to_engine(asked: Asked, *, disaggregated: bool) -> list[Payload]:
     if read.min_tokens is not None:
         params["min_new_tokens"] = read.min_tokens
     params.update(_stop(read))
+    if "stop_token_ids" in params:
+        params["stop_token_ids"] = tokens.in_vocabulary(params["stop_token_ids"], asked.facts)
     prompt = {name: request[name] for name in RENDERED if request.get(name) is not None}
     payload: Payload = {"call": "text", "request": prompt, "sampling_params": params}
     payload.update(tokens.routing_arguments(TokenRequest(routing=read.routing)))
@@ -86,10 +85,10 @@ def _to_engine(asked: Asked, *, disaggregated: bool) -> list[Payload]:
     if not disaggregated:
         return tokens.samples(payload, sampling, asked)
     decode.one_sample(TokenRequest(sampling_options=sampling), None)
-    found = read.bootstrap_info
-    if found is None:
-        raise RequestError(Code.INTERNAL, "bootstrap_info is required for disaggregated decode but was not provided")
-    return [{**payload, **msgspec.to_builtins(found)}]
+    where = decode.handover(read.bootstrap_info)
+    if read.routing is not None and read.routing.prefill_dp_rank is not None:
+        where["disagg_prefill_dp_rank"] = read.routing.prefill_dp_rank
+    return [{**payload, **where}]
 
 
 def _stop(read: ChatRequest) -> dict[str, Any]:

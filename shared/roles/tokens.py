@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from shared.errors import Code, RequestError
@@ -19,6 +20,8 @@ ASKED = ("model", "require_reasoning", "stop_conditions", "thinking_token_budget
 """Fields that go along in ``asks``."""
 BYPASS_PREFILL = "x-bypass-remote-prefill"
 MEDIA = "multi_modal_data"
+MEDIA_PARTS = ("image_url", "video_url", "audio_url", "input_audio")
+"""Types of a message's parts that are media."""
 
 
 def check(read: TokenRequest, asked: Asked) -> None:
@@ -35,15 +38,20 @@ def check(read: TokenRequest, asked: Asked) -> None:
 
 def reject_media(request: Request) -> None:
     """Media for a worker that serves text only is refused, never ignored. Raises RequestError(INVALID)."""
-    if request.get(MEDIA):
-        raise RequestError(Code.INVALID, f"{MEDIA}: this model cannot consume images, video or audio")
-    messages = (request.get("extra_args") or {}).get("messages")
+    media = request.get(MEDIA)
+    kinds = {kind for kind, items in media.items() if items} if isinstance(media, dict) else {MEDIA} if media else set()
+    extra = request.get("extra_args")
+    messages = (extra.get("messages") if isinstance(extra, dict) else None) or request.get("messages")
     for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind in ("image_url", "video_url", "audio_url", "input_audio"):
-                raise RequestError(Code.INVALID, f"{kind}: this model cannot consume images, video or audio")
+            if kind in MEDIA_PARTS:
+                kinds.add(kind)
+    if kinds:
+        kind = min(str(kind) for kind in kinds)
+        what = f"Model does not accept {kind.removesuffix('_url')} input; received unsupported content type '{kind}'."
+        raise RequestError(Code.INVALID, what)
 
 
 def payload_of(read: TokenRequest, asked: Asked) -> Payload:
@@ -100,12 +108,12 @@ def sampling_params(read: TokenRequest, facts: EngineFacts) -> dict[str, Any]:
     sampling, stop = read.sampling_options or SamplingOptions(), read.stop_conditions or StopConditions()
     # Without a tokenizer SGLang refuses min_new_tokens: Dynamo's decoder keeps the floor, so the engine may not stop before it.
     held_open = bool(stop.min_tokens) and facts.skip_tokenizer_init
-    stop_ids = set(stop.stop_token_ids_hidden or ()) | set(stop.stop_token_ids or ())
+    stop_ids = in_vocabulary({*(stop.stop_token_ids_hidden or ()), *(stop.stop_token_ids or ())}, facts)
     params: dict[str, Any] = {field: getattr(sampling, field) for field in SAMPLING_FIELDS}
     params["sampling_seed"] = sampling.seed
     params["min_new_tokens"] = None if held_open else stop.min_tokens
     params["ignore_eos"] = True if held_open else stop.ignore_eos
-    params["stop_token_ids"] = None if held_open else sorted(stop_ids) or None
+    params["stop_token_ids"] = None if held_open else stop_ids or None
     params.update(guided(sampling.guided_decoding))
     params = {key: value for key, value in params.items() if value is not None}
     # None means "until EOS or the context's end" to SGLang; leaving it out would mean 128.
@@ -113,10 +121,19 @@ def sampling_params(read: TokenRequest, facts: EngineFacts) -> dict[str, Any]:
     return params
 
 
+def in_vocabulary(ids: Iterable[int], facts: EngineFacts) -> list[int]:
+    """Token ids that can come at all: SGLang 0.5.23's scheduler dies of others (BatchedMinNewTokensPenalizer)."""
+    return sorted(token for token in ids if token >= 0 and (not facts.vocab_size or token < facts.vocab_size))
+
+
 def guided(options: dict[str, Any] | None) -> dict[str, Any]:
     """One guided-decoding constraint; Dynamo's frontend admits at most one. Raises RequestError(INVALID)."""
     if not options:
         return {}
+    for name in ("regex", "grammar"):
+        # SGLang would find out in its scheduler, which serves everybody.
+        if not isinstance(options.get(name), str | None):
+            raise RequestError(Code.INVALID, f"guided_decoding.{name}: expected a string, got {options[name]!r}")
     if options.get("json") is not None:
         from dynamo.common.utils.guided_json import reject_nonprogressing_guided_json_ref_cycles
         from dynamo.llm import HttpError
@@ -151,7 +168,7 @@ def logprob_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def routing_arguments(read: TokenRequest) -> dict[str, Any]:
-    """The router's DP rank and priority. SGLang serves higher values first, as Dynamo means them."""
+    """The router's DP rank and priority: higher values first."""
     routing = read.routing
     arguments: dict[str, Any] = {}
     if routing is None:

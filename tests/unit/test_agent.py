@@ -20,7 +20,7 @@ from procs.agent.reach import endpoints
 from procs.agent.store import CARDS, INSTANCES, FileStore
 from shared import config as configuration
 from shared.config import Dynamo, NodeConfig
-from shared.frames import Death, Frame, Intent, KvUse, Verdict, Welcome
+from shared.frames import Death, Frame, Intent, KvUse, Serving, Verdict, Welcome
 from shared.heart import Heart
 from shared.state import State
 from tests.unit.test_service import INCARNATION, Bench, bench_at
@@ -40,6 +40,9 @@ class Discovery:
         self.failures = 0
         self.hangs = False
         self.expired = False
+        self.adapters: list[str] = []
+        self.followed: list[Serving] = []
+        self.controls: dict[str, Any] = {}
         self.trouble = ""
         self.ended = ""
         self.on_end: Callable[[], None] = lambda: None
@@ -57,6 +60,22 @@ class Discovery:
 
     async def withdraw(self) -> None:
         await self._call("withdraw")
+
+    def follows(self, serving: Serving) -> bool:
+        return self.adapters == sorted(serving.adapters) and serving.taints is None
+
+    async def follow(self, serving: Serving) -> None:
+        await self._call(f"follow {sorted(serving.adapters)}")
+        self.followed.append(serving)
+        self.adapters = sorted(serving.adapters)
+
+    async def publish(self, adapter: str, number: int) -> None:
+        await self._call(f"publish {adapter} {number}")
+        self.adapters = sorted({*self.adapters, adapter})
+
+    async def revoke(self, adapter: str) -> None:
+        await self._call(f"revoke {adapter}")
+        self.adapters = sorted({*self.adapters} - {adapter})
 
     def lost(self) -> bool:
         was, self.expired = self.expired, False
@@ -169,6 +188,52 @@ def test_death_withdraws_within_200_ms_and_the_next_engine_registers(tmp_path: P
         node.say("prober", Verdict(INCARNATION + 1, True, ""))
         await node.until_state(State.READY)
         assert node.discovery.calls[-1] == f"register {INCARNATION + 1}"
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_the_engine_s_adapters_are_followed_and_those_of_an_older_engine_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(node: Node) -> None:
+        node.bench.service.serving(Serving(INCARNATION - 1, adapters={"old": 1}))
+        await node.registered()
+        node.bench.service.serving(Serving(INCARNATION, adapters={"a": 7}))
+        await node.bench.until(lambda: node.agent._heart.beat.info.get("adapters") == "a")
+        node.discovery.failures = 1
+        node.bench.service.serving(Serving(INCARNATION))
+        await node.bench.until(lambda: node.agent._heart.beat.info.get("adapters") == "")
+        assert node.discovery.calls[1:] == ["follow ['a']", "follow []", "follow []"], "what discovery refuses is tried again"
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_an_adapter_s_card_waits_for_the_engine_s_own_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(node: Node) -> None:
+        await node.registered()
+        publishing = asyncio.create_task(node.agent._publish_adapter("a", 7))
+        await node.bench.until(lambda: node.agent._serving is not None)
+        assert not any(call.startswith("publish") for call in node.discovery.calls)
+        node.bench.service.serving(Serving(INCARNATION, adapters={"a": 7}))
+        await publishing
+        assert node.discovery.calls[-1] in ("publish a 7", "follow ['a']") and node.discovery.adapters == ["a"]
+        revoking = asyncio.create_task(node.agent._revoke_adapter("a"))
+        node.bench.service.serving(Serving(INCARNATION))
+        await revoking
+        assert node.discovery.adapters == []
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_a_paused_engine_is_withdrawn_and_comes_back_when_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(node: Node) -> None:
+        await node.registered()
+        for serving in (Serving(INCARNATION, paused=True), Serving(INCARNATION, paused=True, asleep=True)):
+            node.bench.service.serving(serving)
+            await node.until_state(State.WAITING)
+            assert node.discovery.calls[-1] == "withdraw"
+            node.bench.service.serving(Serving(INCARNATION))
+            await node.until_state(State.READY)
 
     run(tmp_path, monkeypatch, test)
 

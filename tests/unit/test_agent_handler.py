@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from procs.agent.handler import Handler
 from shared.engine_client import EngineClient
 from shared.errors import Code, RequestError
 from shared.frames import Beat, Death
-from shared.roles import find
+from shared.roles import ROLES, find
+from shared.roles.role import Role
 from tests.unit.test_service import INCARNATION, Bench, bench_at
 
 REQUEST = {"token_ids": [5, 6], "stop_conditions": {"max_tokens": 10}}
@@ -38,11 +40,11 @@ class Context:
 
 
 class Scene:
-    def __init__(self, bench: Bench, client: EngineClient) -> None:
+    def __init__(self, bench: Bench, client: EngineClient, role: Role) -> None:
         self.bench = bench
         self.client = client
         self.refusing = ""
-        self.handler = Handler(client, find("aggregated"), lambda: self.refusing)
+        self.handler = Handler(client, role, lambda: self.refusing)
         self.context = Context()
 
     def call(self, **more: Any) -> AsyncIterator[dict[str, Any]]:
@@ -52,20 +54,22 @@ class Scene:
         await self.bench.until(lambda: len(self.bench.backend.submitted) == count)
         return list(self.bench.backend.submitted)
 
-    def tokens(self, rid: str, *ids: int, finish: dict[str, Any] | None = None) -> None:
-        self.bench.service.output(rid, list(ids), finish, None)
+    def tokens(
+        self, rid: str, *ids: int, finish: dict[str, Any] | None = None, meta: dict[str, Any] | None = None, text: str | None = None
+    ) -> None:
+        self.bench.service.output(rid, list(ids), finish, meta, text)
 
 
-def run(directory: Path, test: Callable[[Scene], Awaitable[None]]) -> None:
+def run(directory: Path, test: Callable[[Scene], Awaitable[None]], role: Role = ROLES["aggregated"]) -> None:
     async def main() -> None:
         async with bench_at(directory) as bench:
             client = EngineClient(directory, "agent:0")
             client.hear_beat(Beat("engine", 1, "ready", "", 0.0, "", INCARNATION, 0))
             await bench.until(lambda: client.welcome is not None)
-            scene = Scene(bench, client)
+            scene = Scene(bench, client, role)
             try:
                 await test(scene)
-                assert scene.handler.running == 0
+                assert scene.handler.running == 0 and not scene.handler._streams
             finally:
                 client.close()
 
@@ -185,6 +189,150 @@ def test_refusals_and_bad_requests_never_reach_the_engine(tmp_path: Path) -> Non
         assert scene.bench.backend.submitted == {}
 
     run(tmp_path, test)
+
+
+@pytest.mark.parametrize("request_", [[1], "text", None, 5])
+def test_what_is_no_object_is_a_bad_request(tmp_path: Path, request_: Any) -> None:
+    async def test(scene: Scene) -> None:
+        with pytest.raises(InvalidArgument, match="expected an object"):
+            await collect(scene.handler.generate(request_, scene.context))
+
+    run(tmp_path, test)
+
+
+def test_what_no_frame_can_carry_is_refused_and_forgotten(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        with pytest.raises(InvalidArgument, match="can't be passed on"):
+            await collect(scene.call(sampling_options={"n": 2, "seed": 2**64 - 1}))
+        assert scene.client.inflight == 1, "the first sample was submitted and is aborted"
+        (rid,) = await scene.submitted()
+        await scene.bench.until(lambda: scene.bench.backend.aborted == [rid])
+        scene.tokens(rid, finish={"type": "abort"})
+        await scene.bench.until(lambda: scene.client.inflight == 0)
+
+    run(tmp_path, test)
+
+
+def test_a_defect_of_a_role_is_an_internal_error_and_never_a_bad_request(tmp_path: Path) -> None:
+    def broken(_: Any) -> Any:
+        raise KeyError("oops")
+
+    async def test(scene: Scene) -> None:
+        with pytest.raises(RuntimeError, match="KeyError: 'oops'"):
+            await collect(scene.call())
+        assert scene.bench.backend.submitted == {}
+
+    run(tmp_path, test, replace(ROLES["aggregated"], to_engine=broken))
+
+
+def test_a_chunk_that_the_role_refuses_ends_the_request_and_aborts_it(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        call = scene.handler.generate({"model": "m", "input": "a", "dimensions": 9}, scene.context)
+        collecting = asyncio.create_task(collect(call))
+        (rid,) = await scene.submitted()
+        scene.tokens(rid, finish={"type": "stop"}, meta={"vectors": [b"\x00" * 8], "prompt_tokens": 1})
+        with pytest.raises(InvalidArgument, match="dimensions=9 exceeds model embedding dimension 2"):
+            await collecting
+
+    run(tmp_path, test, ROLES["embedding"])
+
+
+# --- prefill: its stream ends when the transfer has -----------------------------------------------------------------------
+
+USAGE = {"prompt_tokens": 2, "completion_tokens": 1, "cached_tokens": 1}
+
+
+def test_a_prefill_s_opening_leaves_before_the_engine_has_said_anything(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        call = scene.call(bootstrap_info={"bootstrap_host": "192.0.2.7", "bootstrap_port": 9000, "bootstrap_room": 7})
+        opening = await anext(call)
+        assert opening["disaggregated_params"]["bootstrap_room"] == 7 and scene.context.first == 0
+        (rid,) = await scene.submitted()
+        assert scene.bench.backend.submitted[rid]["bootstrap_room"] == 7
+        rest = asyncio.create_task(collect(call))
+        scene.tokens(rid, 9, meta=USAGE)
+        scene.tokens(rid, finish={"type": "length"}, meta=USAGE)
+        report = {"kv_cache_hit": {"prompt_tokens": 2, "reused_tokens": 1}}
+        assert await rest == [{"token_ids": [], "engine_data": report}] and scene.context.first == 1
+
+    run(tmp_path, test, ROLES["prefill"])
+
+
+def test_a_prefill_of_which_nothing_is_known_ends_without_a_chunk(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        collecting = asyncio.create_task(collect(scene.call()))
+        (rid,) = await scene.submitted()
+        scene.tokens(rid, 9, finish={"type": "length"})
+        (opening,) = await collecting
+        assert "disaggregated_params" in opening and scene.context.first == 1
+
+    run(tmp_path, test, ROLES["prefill"])
+
+
+def test_an_aborted_prefill_is_waited_for_until_the_engine_has_ended_it(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        call = scene.call()
+        await anext(call)
+        (rid,) = await scene.submitted()
+        rest = asyncio.create_task(collect(call))
+        scene.context.killed.set_result(True)
+        await scene.bench.until(lambda: scene.bench.backend.aborted == [rid])
+        assert not rest.done() and scene.handler.running == 1
+        scene.tokens(rid, finish={"type": "abort"}, meta=USAGE)
+        assert await rest == []
+
+    run(tmp_path, test, ROLES["prefill"])
+
+
+def test_a_reader_that_leaves_at_the_opening_aborts(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        call = scene.call()
+        await anext(call)
+        (rid,) = await scene.submitted()
+        await call.aclose()  # type: ignore[attr-defined]
+        await scene.bench.until(lambda: scene.bench.backend.aborted == [rid])
+
+    run(tmp_path, test, ROLES["prefill"])
+
+
+def test_a_prefill_that_is_refused_opens_nothing(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        with pytest.raises(InvalidArgument, match="n=1"):
+            await collect(scene.call(sampling_options={"n": 2}))
+        with pytest.raises(InvalidArgument, match="token_ids"):
+            await collect(scene.call(token_ids=[]))
+        assert scene.bench.backend.submitted == {}
+
+    run(tmp_path, test, ROLES["prefill"])
+
+
+def test_an_abort_that_nobody_asked_for_fails_the_request_though_its_opening_has_left(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        call = scene.call()
+        await anext(call)
+        (rid,) = await scene.submitted()
+        rest = asyncio.create_task(collect(call))
+        scene.tokens(rid, finish={"type": "abort"})
+        with pytest.raises(EngineShutdown):
+            await rest
+
+    run(tmp_path, test, ROLES["prefill"])
+
+
+def test_text_is_joined_for_a_busy_reader(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        call = scene.handler.generate({"prompt": "hi"}, scene.context)
+        first = asyncio.ensure_future(anext(call))
+        (rid,) = await scene.submitted()
+        scene.tokens(rid, 1, text="a")
+        assert (await first)["choices"][0]["delta"]["content"] == "a"
+        scene.tokens(rid, 2, text="b")
+        scene.tokens(rid, 3, text="c", finish={"type": "stop"})
+        await scene.bench.until(lambda: all(stream.ended for stream in scene.handler._streams))
+        (rest,) = await collect(call)
+        assert rest["choices"][0] == {"index": 0, "delta": {"role": "assistant", "content": "bc"}, "finish_reason": "stop"}
+
+    run(tmp_path, test, find("aggregated", text=True))
 
 
 def test_which_exception_a_failure_raises() -> None:

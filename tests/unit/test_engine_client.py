@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,55 @@ def test_controls(tmp_path: Path) -> None:
         assert await client.control("echo", {"a": 1}) == {"a": 1}
         with pytest.raises(RequestError, match="unknown control"):
             await client.control("nope", {})
+
+    run(tmp_path, test)
+
+
+def test_a_control_that_can_t_be_sent_or_whose_engine_goes_ends_at_once(tmp_path: Path) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        with pytest.raises(RequestError, match="can't be passed on") as caught:
+            await client.control("echo", {"a": 2**64})
+        assert caught.value.code == Code.INVALID
+        with pytest.raises(RequestError, match="67108864 at most") as caught:
+            await client.control("echo", {"a": b"\0" * (64 << 20)})
+        assert caught.value.code == Code.INVALID
+        assert await client.control("echo", {"a": 1}) == {"a": 1}, "the connection has outlived it"
+
+        async def never(op: str, args: dict[str, Any]) -> Any:
+            await asyncio.Event().wait()
+
+        bench.backend.control = never  # type: ignore[method-assign]
+        waiting = asyncio.create_task(client.control("echo", {}))
+        await bench.until(lambda: len(bench.service._controls) == 1)
+        client.hear_death(Death(INCARNATION, "scheduler", 1, "killed", 0.0))
+        with pytest.raises(RequestError) as caught:
+            await waiting
+        assert caught.value.code == Code.ENGINE_DEAD and not client._controls
+        with pytest.raises(RequestError, match="no engine is up"):
+            await client.control("echo", {})
+
+    run(tmp_path, test)
+
+
+def test_a_control_without_an_answer_in_time_is_said_by_name(tmp_path: Path) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        async def never(op: str, args: dict[str, Any]) -> Any:
+            await asyncio.Event().wait()
+
+        bench.backend.control = never  # type: ignore[method-assign]
+        with pytest.raises(RequestError, match="echo: no answer within") as caught:
+            await client.control("echo", {}, 0.01)
+        assert caught.value.code == Code.INTERNAL and not client._controls
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("value", [2**64, -(2**63) - 1, "\ud800", object()])
+def test_a_request_that_no_frame_can_carry_leaves_nothing(tmp_path: Path, value: Any) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        with pytest.raises(RequestError, match="can't be passed on") as caught:
+            client.submit({"input_ids": [1], "x": value})
+        assert caught.value.code == Code.INVALID and client.inflight == 0
 
     run(tmp_path, test)
 

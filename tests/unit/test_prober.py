@@ -15,6 +15,7 @@ from procs.prober import canary as module
 from procs.prober import http
 from procs.prober.canary import OWN_STEPS, Canary
 from procs.prober.metrics import Metrics
+from procs.prober.routes import Routes
 from shared.engine_client import EngineClient
 from shared.errors import Code, NodeError
 from shared.frames import Beat, Death
@@ -160,6 +161,31 @@ def test_a_new_engine_is_probed_at_once(tmp_path: Path) -> None:
     run(tmp_path, test, canary_wait=3600.0)
 
 
+def test_a_paused_engine_gets_no_canary_and_one_at_once_when_it_goes_on(tmp_path: Path) -> None:
+    async def test(scene: Scene) -> None:
+        def engine(state: str) -> None:
+            beat = Beat("engine", 1, state, "", 0.0, "", INCARNATION, 0, {"steps": 0.0})
+            scene.canary.hear_engine(beat)
+            scene.client.hear_beat(beat)
+
+        engine("ready")
+        await scene.answer()
+        await scene.verdict(True)
+        for state in ("paused", "sleeping"):
+            interrupted = await scene.next_canary()
+            engine(state)
+            await scene.bench.until(lambda rid=interrupted: rid in scene.bench.backend.aborted)  # type: ignore[misc]
+            with pytest.raises(TimeoutError):
+                # Several times a canary's interval and its timeout.
+                async with asyncio.timeout(0.3):
+                    await scene.next_canary()
+            assert scene.said == 1 and scene.canary.verdict is not None and scene.canary.verdict.healthy
+            engine("ready")
+            await scene.answer()
+
+    run(tmp_path, test)
+
+
 # --- HTTP ----------------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +206,9 @@ def test_what_the_port_says(tmp_path: Path) -> None:
         config = configure(tmp_path, system_port=free_port())
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         node, metrics = Node(), Metrics(context, config)
-        runner = await http.start(config, node, metrics)
+        client = EngineClient(tmp_path, "prober")
+        routes = Routes(client, set, loras=False)
+        runner = await http.start(config, node, metrics, routes)
         async with aiohttp.ClientSession(f"http://127.0.0.1:{config.system_port}") as session:
 
             async def codes() -> list[int]:
@@ -206,8 +234,9 @@ def test_what_the_port_says(tmp_path: Path) -> None:
             async with session.get("/metrics") as answer:
                 assert answer.status == 503 and "relay" in await answer.text()
         with pytest.raises(NodeError, match=f"--system-port {config.system_port}"):
-            await http.start(msgspec.structs.replace(config), node, metrics)
+            await http.start(msgspec.structs.replace(config), node, metrics, routes)
         await runner.cleanup()
+        client.close()
         metrics.close()
         context.term()
 

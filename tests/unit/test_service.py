@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from procs.engine import service as module
 from procs.engine.service import WINDOW, Service
 from shared import sockets
-from shared.errors import Code
+from shared.errors import Code, RequestError
 from shared.frames import (
     PROTOCOL,
     Abort,
@@ -30,11 +30,13 @@ from shared.frames import (
     FromEngine,
     Hello,
     Refused,
+    Serving,
     Step,
     Submit,
     Welcome,
 )
 from shared.heart import Heart
+from shared.state import State
 
 INCARNATION = 3
 DECODER = msgspec.msgpack.Decoder(FromEngine)
@@ -265,6 +267,72 @@ def test_refusals_are_typed(tmp_path: Path) -> None:
         done = await peer.receive()
         assert isinstance(done, ControlDone) and done.id == 9 and done.error is not None
         assert bench.backend.aborted == []
+
+    run(tmp_path, test)
+
+
+def test_an_answer_that_no_frame_can_carry_ends_its_own_request_alone(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        peer = bench.peer()
+        await peer.hello()
+        good, bad, last, failing = [await bench.submit(peer) for _ in range(4)]
+        await bench.until(lambda: len(bench.backend.submitted) == 4)
+        bench.service.output(good, [1], None, None)
+        bench.service.output(bad, [2], None, {"native": object()})
+        bench.service.output(last, [3], {"type": "stop"}, {"native": 2**64})
+        frames = [await peer.receive() for _ in range(3)]
+        failed = {frame.rid: frame.code for frame in frames if isinstance(frame, Failed)}
+        (step,) = [frame for frame in frames if isinstance(frame, Step)]
+        assert failed == {bad: Code.INTERNAL, last: Code.INTERNAL}
+        assert step.seq == 1 and [output.rid for output in step.outputs] == [good]
+        assert bench.backend.aborted == [bad], "the last one has ended by itself"
+        bench.service.output(failing, [4], None, {"native": object()})
+        bench.service.failed(failing, Code.INVALID, "no")
+        frames = [await peer.receive() for _ in range(3)]
+        assert [type(frame) for frame in frames] == [Failed, Step, Failed] and frames[1].seq == 2
+        assert set(bench.service._streams) == {good}
+
+    run(tmp_path, test)
+
+
+def test_a_control_s_answer_that_no_frame_can_carry_is_an_error_and_codes_travel(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        peer = bench.peer()
+        await peer.hello()
+
+        async def control(op: str, args: dict[str, Any]) -> Any:
+            match op:
+                case "unknown":
+                    raise RequestError(Code.UNKNOWN, "no engine route 'x'")
+                case "breaks":
+                    raise KeyError("x")
+            return {"an": object()}
+
+        bench.backend.control = control  # type: ignore[method-assign]
+        for number, op in enumerate(("unknown", "breaks", "odd")):
+            await peer.send(Control(number, op, {}))
+        done = {frame.id: frame for frame in [await peer.receive() for _ in range(3)]}
+        assert (done[0].error, done[0].code) == ("no engine route 'x'", Code.UNKNOWN)
+        assert (done[1].error, done[1].code) == ("KeyError: 'x'", Code.INTERNAL)
+        assert "TypeError" in done[2].error and done[2].code == Code.INTERNAL
+
+    run(tmp_path, test)
+
+
+def test_what_the_engine_serves_is_its_state_and_is_repeated(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.heart.set(State.LOADING)
+        bench.service.serving(Serving(INCARNATION, paused=True))
+        assert bench.heart.beat.state == State.LOADING, "an engine that isn't up is not paused"
+        bench.heart.set(State.READY)
+        for serving, state, way_back in (
+            (Serving(INCARNATION, paused=True), State.PAUSED, "POST /engine/continue_generation"),
+            (Serving(INCARNATION, paused=True, asleep=True), State.SLEEPING, "`sgnode wake`"),
+            (Serving(INCARNATION, adapters={"a": 1}), State.READY, ""),
+        ):
+            bench.service.serving(serving)
+            assert (bench.heart.beat.state, bench.heart.beat.waiting_for) == (state, way_back)
+            assert list(bench.heart.repeat()) == [serving]
 
     run(tmp_path, test)
 

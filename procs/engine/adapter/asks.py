@@ -45,6 +45,8 @@ class Asks:
         payload.update(self._always)
         if (adapter := self.adapter(asks)) is not None:
             payload["lora_path"] = adapter
+        if "priority" in payload:
+            payload["priority"] = self.priority(payload["priority"])
         for name in OPTIONAL:
             if name in payload:
                 payload.update(self._supported({name: payload.pop(name)}))
@@ -52,6 +54,11 @@ class Asks:
             payload["data_parallel_rank"] = payload.pop("routed_dp_rank")
         for name in payload.keys() - self._supported(payload).keys():
             raise RequestError(Code.INVALID, f"not supported by this engine: {name}")
+
+    def priority(self, value: int | None) -> int | None:
+        """Dynamo serves higher values first; SGLang as it is told."""
+        lowest_first = getattr(self._server_args, "schedule_low_priority_values_first", False)
+        return -value if value is not None and lowest_first else value
 
     def adapter(self, asks: dict[str, Any]) -> str | None:
         """The adapter that the request's model name stands for."""

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from procs.engine.adapter.asks import Asks
+from shared.errors import Code, RequestError
 
 META = ("prompt_tokens", "completion_tokens", "cached_tokens")
 """meta_info entries that a first and a last output carry."""
@@ -51,7 +52,7 @@ class Calls:
             body,
             input_ids=payload["input_ids"],
             request_id=payload.get("session_rid") or rid,
-            priority=fields.pop("priority", None),
+            priority=self._asks.priority(fields.pop("priority", None)),
             prefill_dp_rank=fields.pop("disagg_prefill_dp_rank", None),
             lora_path=self._asks.adapter(payload.get("asks", {})),
             **fields,
@@ -64,10 +65,17 @@ class Calls:
         from sglang.srt.managers.io_struct import EmbeddingReqInput
 
         given = payload.get("text") or payload.get("input_ids")
+        self._check_texts(payload.get("text"))
         several = isinstance(given, list) and isinstance(given[0], (str, list))
         rids = [f"{rid}-{index}" for index in range(len(given))] if several and given is not None else rid
         async for answer in self._manager.generate_request(EmbeddingReqInput(**payload, rid=rids), None):
             yield _pooled(answer if isinstance(answer, list) else [answer], payload)
+
+    def _check_texts(self, texts: Any) -> None:
+        """SGLang's scheduler dies of an input without a token (0.5.23, layers/pooler.py). Raises RequestError(INVALID)."""
+        for text in texts if isinstance(texts, list) else [texts]:
+            if isinstance(text, str) and not text.strip() and not self._manager.tokenizer.encode(text):
+                raise RequestError(Code.INVALID, "input: a text is empty")
 
 
 def _pooled(answers: list[Answer], payload: dict[str, Any]) -> Answer:
