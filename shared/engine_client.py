@@ -235,7 +235,7 @@ class EngineClient:
             raise RequestError(Code.ENGINE_DEAD, "no engine is up")
         stream = Stream(self, uuid.uuid4().hex)
         if not self.send(Submit(self.welcome.incarnation, stream.rid, payload)):
-            raise RequestError(Code.ENGINE_DEAD, "the engine's socket takes no request")
+            raise RequestError(Code.OVERLOADED, "the engine's socket takes no more requests now")
         self._streams[stream.rid] = stream
         return stream
 

@@ -26,6 +26,8 @@ class Handler:
         self.running = 0
         self.total = 0
         self.first_token_source: Any | None = None
+        self.on_chunk: Callable[[Chunk], None] | None = None
+        """Sees each chunk as it leaves, where something is measured by it."""
         self.on_change: Callable[[], None] = lambda: None
         """Called when a request has ended."""
 
@@ -53,6 +55,8 @@ class Handler:
                     started = True
                     context.notify_first_token()
                 if chunk is not None:
+                    if self.on_chunk is not None:
+                        self.on_chunk(chunk)
                     yield chunk
         except RequestError as error:
             raise exception(error, started=started) from None  # Dynamo logs the whole chain

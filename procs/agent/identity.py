@@ -29,6 +29,7 @@ from dynamo.runtime import DistributedRuntime
 from prometheus_client import CollectorRegistry
 
 from procs.agent.handler import Handler
+from procs.agent.pooling_metrics import PoolingMetrics
 from procs.agent.store import CARDS, INSTANCES, FileStore
 from shared.config import NodeConfig
 from shared.errors import NodeError
@@ -183,8 +184,8 @@ class Identity:
 
     def publish_load(self, use: KvUse) -> None:
         """KV use of one DP rank, under this worker's identity: a router takes it from nobody else."""
-        self._load.publish(use.dp_rank, kv_used_blocks=use.used_blocks)
         if self._gauges is not None:
+            self._load.publish(use.dp_rank, kv_used_blocks=use.used_blocks)
             self._gauges.set_total_blocks(str(use.dp_rank), use.total_blocks)
             self._gauges.set_gpu_cache_usage(str(use.dp_rank), use.usage)
 
@@ -201,16 +202,31 @@ class Identity:
         self.ended = str(serving.exception() or "an endpoint is not served any more")
         self.on_end()
 
-    async def _serve(self, facts: EngineFacts) -> None:
-        registry = CollectorRegistry()
+    async def _measure(self, facts: EngineFacts) -> None:
+        """This worker's metrics and load. A pooling engine has no KV cache to speak of (dynamo.sglang, setup_sgl_metrics)."""
+        registry, dynamo = CollectorRegistry(), self._config.dynamo
+        if self._role.name == "embedding":
+            register_engine_metrics_callback(
+                endpoint=self._generate,
+                registry=registry,
+                metric_prefix_filters=["dynamo_embedding_"],
+                namespace_name=dynamo.namespace,
+                component_name=dynamo.component,
+                endpoint_name=dynamo.endpoint,
+                model_name=facts.served_model_name,
+            )
+            self._handler.on_chunk = PoolingMetrics(registry).observe
+        if not self._role.generates:
+            return
         register_engine_metrics_callback(endpoint=self._generate, registry=registry)
-        self._gauges = LLMBackendMetrics(
-            registry=registry, model_name=facts.served_model_name, component_name=self._config.dynamo.component
-        )
+        self._gauges = LLMBackendMetrics(registry=registry, model_name=facts.served_model_name, component_name=dynamo.component)
         await self._load.create_endpoint(self._generate)
         for rank in range(facts.dp_start, facts.dp_start + facts.dp_size):
             self._load.publish(rank, kv_used_blocks=0)
             self._gauges.set_total_blocks(str(rank), facts.total_kv_blocks or 0)
+
+    async def _serve(self, facts: EngineFacts) -> None:
+        await self._measure(facts)
         if self._role.generates and self._role.worker_type != "Prefill":
             worker_type = getattr(WorkerType, self._role.worker_type)
             self._handler.first_token_source = await self._generate.first_token_source(worker_type)

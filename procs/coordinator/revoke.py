@@ -12,7 +12,7 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -74,22 +74,22 @@ class Revoker:
 
 
 def remove_files(store: Path, worker_id: int) -> int:
-    """Remove a worker's records from Dynamo 1.6.1's file store: instances and card. How many there were. Raises OSError.
+    """Remove a worker's records from Dynamo 1.6.1's file store: instances and cards. How many there were. Raises OSError.
 
-    Keys are file names, the worker id in hexadecimal their last part. Event channels have ids of their own and hold no
-    request: they go by their TTL.
+    Keys are file names: namespace, component, endpoint, the worker id in hexadecimal, on an adapter's card its name. Event
+    channels have ids of their own and hold no request: they go by their TTL.
     """
-    found = [path for path in store.glob("v1/*/*") if _id(path.name) == worker_id]
+    found = [path for path in store.glob("v1/*/*") if worker_id in _ids(path.name)]
     for path in found:
         path.unlink(missing_ok=True)
     return len(found)
 
 
-def _id(key: str) -> int | None:
-    try:
-        return int(unquote(key).rpartition("/")[2], 16)
-    except ValueError:
-        return None
+def _ids(key: str) -> Iterator[int]:
+    """What may be the worker id of a record."""
+    for part in unquote(key).split("/")[3:]:
+        with contextlib.suppress(ValueError):
+            yield int(part, 16)
 
 
 def revoke_lease(lease: int, environ: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Prefill and decode in two real engines, the KV cache over mooncake's TCP: equal answers, drains, deaths, cancellation."""
 
 import concurrent.futures
+import http.client
 import json
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import requests
 
 from procs.cli.serve import CPU_DEFAULTS, engine_environment
+from tests import aborts
 from tests.e2e.conftest import MODEL
 from tests.frontend import Frontend
 from tests.harness import CPU, ONE_THREAD, Node, instances, send, wait_for
@@ -127,14 +129,21 @@ def test_cancelled_while_it_waits_for_its_prefill(pair: Pair) -> None:
     stopped = scheduler(pair.prefill)
     send(stopped, signal.SIGSTOP)
     try:
-        body = {"model": MODEL, "prompt": [20, 30, 40], "max_tokens": 20, "stream": True}
-        answer = requests.post(f"{pair.failing.url}/v1/completions", json=body, stream=True, timeout=60)
-        wait_for("decode has it", lambda: inflight(pair.decode) == 1, 20)
-        answer.close()
-        wait_for("decode has let it go", lambda: inflight(pair.decode) == 0, 10)
+        found = aborts.delays(pair.decode, 5, lambda: _close_unanswered(pair))
+        aborts.prompt("aborts in decode that wait for a transfer", found)
+        wait_for("decode has let them go", lambda: inflight(pair.decode) == 0, 10)
     finally:
         send(stopped, signal.SIGCONT)
-    wait_for("prefill has let it go", lambda: inflight(pair.prefill) == 0, 30)
+    wait_for("prefill has let them go", lambda: inflight(pair.prefill) == 0, 30)
+
+
+def _close_unanswered(pair: Pair) -> None:
+    connection = http.client.HTTPConnection(pair.failing.url.removeprefix("http://"))
+    body = {"model": MODEL, "prompt": [20, 30, 40], "max_tokens": 20, "stream": True}
+    known = aborts.submitted(pair.decode)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    wait_for("it is submitted", lambda: aborts.submitted(pair.decode) > known, 20, every=0.002)
+    connection.close()
 
 
 def test_cancelled_in_decode(pair: Pair) -> None:
@@ -142,8 +151,7 @@ def test_cancelled_in_decode(pair: Pair) -> None:
     answer = requests.post(f"{pair.failing.url}/v1/completions", json=body, stream=True, timeout=60)
     lines = answer.iter_lines()
     assert next(lines)
-    wait_for("decode runs it", lambda: inflight(pair.decode) == 1, 10)
-    answer.close()
+    aborts.prompt("aborts in decode", aborts.delays(pair.decode, 1, answer.close))
     wait_for("decode has let it go", lambda: inflight(pair.decode) == 0, 10)
 
 

@@ -1,14 +1,13 @@
 """A real node serves real requests: curl, the openai client, tokens equal to the engine's own, cancellation, status."""
 
 import concurrent.futures
-import datetime
+import http.client
+import itertools
 import json
 import re
 import shlex
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ import pytest
 import requests
 
 from procs.cli.serve import engine_environment
+from tests import aborts
 from tests.e2e.conftest import MODEL
 from tests.harness import Node, wait_for
+from tests.streams import Streams
 
 PROMPTS = [[(seed * 131 + i * 17) % 280 + 10 for i in range(5 + seed % 40)] for seed in range(50)]
 NEW_TOKENS = 24
@@ -135,18 +136,6 @@ def test_greedy_tokens_equal_the_engine_called_directly(node: Node, tmp_path: Pa
 
 # --- cancellation ----------------------------------------------------------------------------------------------------
 
-LOG_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+)Z")
-
-
-def aborts(node: Node) -> list[float]:
-    """UNIX times at which the engine ended a request with an abort, from its log."""
-    times = []
-    for line in (node.runtime_dir / "log" / "engine.log").read_text(errors="replace").splitlines():
-        if "Aborted Request ID" in line and (found := LOG_TIME.search(line)):
-            stamp = datetime.datetime.fromisoformat(found.group(1)[:26] + "+00:00")
-            times.append(stamp.timestamp())
-    return times
-
 
 def open_stream(node: Node, tokens: int, request_id: str | None = None) -> requests.Response:
     body = {"model": MODEL, "prompt": [20, 30, 40], "max_tokens": tokens, "ignore_eos": True, "stream": True}
@@ -156,22 +145,45 @@ def open_stream(node: Node, tokens: int, request_id: str | None = None) -> reque
     return answer
 
 
+def close_in_decode(node: Node) -> None:
+    answer = open_stream(node, 3000)
+    lines = answer.iter_lines()
+    for _ in range(6):
+        next(lines)
+    answer.close()
+
+
+def close_unanswered(node: Node, prompt: list[int]) -> None:
+    """Send a request and leave as soon as the engine has it."""
+    connection = http.client.HTTPConnection(node.url.removeprefix("http://"))
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 100, "ignore_eos": True, "stream": True}
+    known = aborts.submitted(node)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    wait_for("it is submitted", lambda: aborts.submitted(node) > known, 10, every=0.002)
+    connection.close()
+
+
 def test_a_closed_connection_ends_its_request_in_the_engine(node: Node) -> None:
-    delays = []
-    for _ in range(20):
-        known = len(aborts(node))
-        answer = open_stream(node, 3000)
-        lines = answer.iter_lines()
-        for _ in range(6):
-            next(lines)
-        closed = time.time()
-        answer.close()
-        seen = wait_for("abort in the engine", lambda known=known: aborts(node)[known:], 10, every=0.005)
-        delays.append(seen[0] - closed)
-    step = 0.05
-    print(f"abort delays: median {statistics.median(delays) * 1e3:.1f} ms, worst {max(delays) * 1e3:.1f} ms")
-    assert statistics.median(delays) < step + 0.1, f"abort delays in s: {sorted(delays)}"
+    delays = aborts.delays(node, 20, lambda: close_in_decode(node))
+    aborts.prompt("aborts in decode", delays)
     wait_for("nothing running", lambda: node.status()["inflight"] == 0, 10)
+
+
+def test_a_request_whose_prompt_is_computed_is_ended_as_soon(node: Node) -> None:
+    prompts = itertools.count(20)
+    delays = aborts.delays(node, 10, lambda: close_unanswered(node, [next(prompts), *[30] * 3900]))
+    aborts.prompt("aborts in prefill", delays, step=0.2)
+    wait_for("nothing running", lambda: node.status()["inflight"] == 0, 10)
+
+
+def test_a_request_that_waits_behind_others_is_ended_as_soon(node: Node) -> None:
+    running = Streams()
+    running.start(node.url, MODEL, 64, 900)
+    wait_for("as many as the engine runs", lambda: node.status()["inflight"] >= 64, 30)
+    delays = aborts.delays(node, 5, lambda: close_unanswered(node, [20, 30, 40]))
+    aborts.prompt("aborts in the queue", delays)
+    assert node.status()["inflight"] >= 60, "the others still run"
+    assert all(result.complete for result in running.join())
 
 
 def test_ids_that_are_prefixes_of_one_another_do_not_hurt_each_other(node: Node) -> None:
@@ -180,15 +192,15 @@ def test_ids_that_are_prefixes_of_one_another_do_not_hurt_each_other(node: Node)
     lines = victim.iter_lines()
     for _ in range(4):
         next(lines)
-    known = len(aborts(node))
+    known = len(aborts.aborts(node))
     victim.close()
-    wait_for("the victim's abort", lambda: aborts(node)[known:], 10)
+    wait_for("the victim's abort", lambda: aborts.aborts(node)[known:], 10)
     for answer in kept:
         events = [line for line in answer.iter_lines() if line.startswith(b"data: ")]
         assert events[-1] == b"data: [DONE]"
         choices = [choice for event in events[:-1] for choice in json.loads(event[6:])["choices"]]
         assert choices[-1].get("finish_reason") == "length"
-    assert len(aborts(node)) == known + 1
+    assert len(aborts.aborts(node)) == known + 1
 
 
 # --- what the node says of itself ------------------------------------------------------------------------------------
