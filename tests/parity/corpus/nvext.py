@@ -1,0 +1,133 @@
+"""Dynamo's own options: routing and priority hints, sessions, salts, token data, extra fields, thinking budgets."""
+
+from typing import Any
+
+from tests.parity.case import Case
+from tests.parity.corpus.build import LAST_ID, STOP_IDS, both, chat, completion, streamed
+
+LONG = "One token after another, none lost, none twice. " * 8
+
+HINTS: list[tuple[str, dict[str, Any]]] = [
+    ("empty", {}),
+    ("unknown", {"no_such_option": 1}),
+    ("annotations", {"annotations": ["token_ids", "formatted_prompt"]}),
+    ("annotations unknown", {"annotations": ["nothing"]}),
+    ("bypass", {"annotations": ["x-bypass-remote-prefill"]}),
+    ("greed_sampling", {"greed_sampling": True}),
+    ("use_raw_prompt", {"use_raw_prompt": True}),
+    ("priority", {"agent_hints": {"priority": 5}}),
+    ("priority negative", {"agent_hints": {"priority": -5}}),
+    ("priority a text", {"agent_hints": {"priority": "high"}}),
+    ("priority huge", {"agent_hints": {"priority": 2**40}}),
+    ("strict_priority", {"agent_hints": {"strict_priority": 2}}),
+    ("osl", {"agent_hints": {"osl": 12}}),
+    ("latency", {"agent_hints": {"latency_sensitivity": 1.0}}),
+    ("speculative_prefill", {"agent_hints": {"speculative_prefill": True}}),
+    ("hints a list", {"agent_hints": []}),
+    ("dp_rank 0", {"dp_rank": 0}),
+    ("dp_rank 1", {"dp_rank": 1}),
+    ("dp_rank negative", {"dp_rank": -1}),
+    ("prefill_dp_rank 0", {"prefill_dp_rank": 0}),
+    ("dp_rank unset", {"dp_rank": 2**32 - 1}),
+    ("backend_instance_id unknown", {"backend_instance_id": 12345}),
+    ("decode_worker_id unknown", {"decode_worker_id": 12345}),
+    ("prefill_worker_id unknown", {"prefill_worker_id": 12345}),
+    ("backend_instance_id a text", {"backend_instance_id": "a"}),
+    ("session", {"agent_context": {"session_id": "s-1"}}),
+    ("context empty", {"agent_context": {}}),
+    ("session_control", {"session_control": {"session_id": "s-2", "action": "open", "timeout": 10}}),
+    ("routing_constraints", {"routing_constraints": {"required_taints": ["gpu"]}}),
+    ("router", {"router": {"ttft_target": 100.0, "itl_target": 10.0}}),
+    ("request_timestamp_ms", {"request_timestamp_ms": 1}),
+    ("max_thinking_tokens", {"max_thinking_tokens": 5}),
+    ("max_thinking_tokens negative", {"max_thinking_tokens": -5}),
+    ("max_thinking_tokens a text", {"max_thinking_tokens": "5"}),
+    ("token_data", {"token_data": [20, 30, 40]}),
+    ("token_data empty", {"token_data": []}),
+    ("token_data of no token", {"token_data": [99_999]}),
+    ("token_data next to the last", {"token_data": [20, LAST_ID + 1]}),
+    ("token_data negative", {"token_data": [-1]}),
+    ("token_data texts", {"token_data": ["a"]}),
+    ("token_data a text", {"token_data": "a"}),
+    ("token_data fractions", {"token_data": [1.5]}),
+    ("token_data truths", {"token_data": [True]}),
+    ("token_data with worker", {"token_data": [20, 30, 40], "backend_instance_id": 12345}),
+    ("extra_fields worker", {"extra_fields": ["worker_id"]}),
+    ("extra_fields timing", {"extra_fields": ["timing"]}),
+    ("extra_fields token_ids", {"extra_fields": ["token_ids"]}),
+    ("extra_fields engine_data", {"extra_fields": ["engine_data"]}),
+    ("extra_fields stop_reason", {"extra_fields": ["stop_reason"]}),
+    ("extra_fields routed_experts", {"extra_fields": ["routed_experts"]}),
+    ("extra_fields prompt_token_ids", {"extra_fields": ["prompt_token_ids", "completion_token_ids"]}),
+    ("extra_fields finish_reason", {"extra_fields": ["finish_reason", "backend_finish_reason"]}),
+    ("extra_fields input_trajectory", {"extra_fields": ["kv_cache_hit", "prompt_logprobs"]}),
+    ("extra_fields all", {"extra_fields": ["worker_id", "timing", "token_ids", "engine_data", "stop_reason"]}),
+    ("extra_fields unknown", {"extra_fields": ["nothing"]}),
+    ("extra_fields a text", {"extra_fields": "timing"}),
+    ("metadata_upload", {"metadata_upload": {"url": "file:///nowhere/x"}}),
+]
+
+STREAMED = ("annotations", "token_data", "extra_fields", "max_thinking_tokens", "priority")
+
+CASES: list[Case] = [
+    # greed_sampling is drawn at random, by name only greedy.
+    *(chat(f"nvext/{name}", nvext=options, compare="shape" if "greed" in name else "exact") for name, options in HINTS),
+    *(streamed(chat(f"nvext/{name}", nvext=options)) for name, options in HINTS if name.startswith(STREAMED)),
+    *(completion(f"nvext/{name}", nvext=options) for name, options in HINTS if name.startswith(("extra", "session", "prio"))),
+    chat("nvext/a list", nvext=[]),
+    chat("nvext/null", nvext=None),
+    *both(
+        chat("nvext/stop reason of a text", nvext={"extra_fields": ["stop_reason", "engine_data"]}, stop=["o"], max_tokens=40),
+        completion(
+            "nvext/stop reason of an id",
+            nvext={"extra_fields": ["stop_reason", "engine_data"]},
+            stop_token_ids=STOP_IDS,
+            max_tokens=40,
+        ),
+        completion("nvext/prompt_logprobs in engine_data", nvext={"extra_fields": ["engine_data"]}, prompt_logprobs=1),
+        chat("nvext/n 2 with extra fields", nvext={"extra_fields": ["engine_data", "worker_id"]}, n=2, temperature=1.0, top_k=1),
+    ),
+    # A salt gives the same prompt a cache of its own: the second of each is cached, the first of the other salt is not.
+    chat("cache_salt/a", LONG, nvext={"cache_salt": "a"}),
+    chat("cache_salt/a again", LONG, nvext={"cache_salt": "a"}, cached=True),
+    chat("cache_salt/b", LONG, nvext={"cache_salt": "b"}),
+    chat("cache_salt/none", LONG),
+    chat("cache_salt/none again", LONG, cached=True),
+    chat("cache_salt/top level", LONG, cache_salt="c"),
+    chat("cache_salt/top level again", LONG, cache_salt="c", cached=True),
+    chat("cache_salt/a number", LONG, nvext={"cache_salt": 5}),
+    chat("cache_salt/empty", LONG, nvext={"cache_salt": ""}, cached=True),
+    completion("cache_salt/a", LONG, nvext={"cache_salt": "a"}),
+    completion("cache_salt/a again", LONG, nvext={"cache_salt": "a"}, cached=True),
+    chat("thinking_token_budget/5", thinking_token_budget=5),
+    chat("thinking_token_budget/0", thinking_token_budget=0),
+    chat("thinking_token_budget/-1", thinking_token_budget=-1),
+    chat("thinking_token_budget/2**32", thinking_token_budget=2**32),
+    chat("thinking_token_budget/a text", thinking_token_budget="5"),
+    completion("thinking_token_budget/5", thinking_token_budget=5),
+    chat("max_thinking_tokens/top level", max_thinking_tokens=5),
+    chat("reasoning_effort", reasoning_effort="low"),
+    chat("priority/top level", priority=3),
+    *(
+        make(f"session/{name}", headers=headers)
+        for make in (chat, completion)
+        for name, headers in (
+            ("first", {"x-dynamo-session-id": "s-1"}),
+            ("again", {"x-dynamo-session-id": "s-1"}),
+            ("of a parent", {"x-dynamo-session-id": "s-2", "x-dynamo-parent-session-id": "s-1"}),
+            ("final", {"x-dynamo-session-id": "s-1", "x-dynamo-session-final": "true"}),
+            ("after its end", {"x-dynamo-session-id": "s-1"}),
+            ("blank", {"x-dynamo-session-id": "  "}),
+            ("of another name", {"x-session-id": "s-3"}),
+        )
+    ),
+    chat("dp_rank/header", headers={"x-data-parallel-rank": "0"}),
+    chat("dp_rank/header 1", headers={"x-data-parallel-rank": "1"}),
+    chat("request id/header", headers={"x-request-id": "a-1"}),
+    chat("stream_options/no usage", stream=True, stream_options={"include_usage": False}),
+    chat("stream_options/absent", stream=True),
+    chat("stream_options/continuous", stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}),
+    completion("stream_options/absent", stream=True),
+    completion("stream_options/continuous", stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}),
+    chat("stream_options/wrong", stream=True, stream_options={"include_usage": "yes"}),
+]
