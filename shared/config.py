@@ -134,6 +134,8 @@ SUPERVISOR_CONF = "supervisor.conf"
 EVENTS_SOCKET = "sock/events"
 """Unix datagram socket of the coordinator, for the supervisord plugin's ProcessChange hints."""
 INCARNATION_FILE = "incarnation"
+ADAPTERS_FILE = "adapters.json"
+"""LoRA adapters by name with their source, which the next incarnation of the engine loads again."""
 EPOCH_FILE = "epoch"
 LEFT_BEHIND_EXIT = 75
 """The keeper's exit code (sysexits.h: EX_TEMPFAIL) when processes of an engine before can't be killed."""

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from dynamo.common.configuration.groups.router_args import build_router_config, parse_worker_router_config
 from dynamo.common.utils.endpoint_types import parse_endpoint_types
 from dynamo.common.utils.prometheus import LLMBackendMetrics, register_engine_metrics_callback
 from dynamo.common.utils.topology import apply_topology_config
@@ -116,10 +117,12 @@ class Identity:
 
     async def follow(self, serving: Serving) -> None:
         """Make adapters' cards and the card's taints what the engine says. Raises what discovery raises."""
-        for name in self._adapters.keys() - serving.adapters.keys():
-            await self.revoke(name)
-        for name, number in serving.adapters.items():
-            await self.publish(name, number)
+        steps = [self.revoke(name) for name in self._adapters.keys() - serving.adapters.keys()]
+        steps += [self.publish(name, number) for name, number in serving.adapters.items()]
+        # One card that discovery refuses must not hold up the others.
+        failed = [found for found in await asyncio.gather(*steps, return_exceptions=True) if found is not None]
+        if failed:
+            raise failed[0]
         if serving.taints is not None and serving.taints != self._taints:
             await update_model_taints(self._generate, set(serving.taints))
             self._taints = serving.taints
@@ -261,6 +264,8 @@ class Identity:
             custom_template_path=dynamo.custom_jinja_template,
             worker_type=getattr(WorkerType, self._role.worker_type),
             needs=self._needs,
+            # --router-mode on a worker: how it wants to be routed to.
+            router_config=build_router_config(parse_worker_router_config(self._config.worker_argv)[0]),
             model_aliases=dynamo.served_model_aliases or None,
             max_gpu_lora_count=facts.max_loras,
         )

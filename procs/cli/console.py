@@ -19,6 +19,16 @@ POLL_SECONDS = 0.25
 STILL_SECONDS = 10.0
 """A state that lasts is said again so often, with what it waits for."""
 
+TRIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "aggregated": (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32, "stream": True},
+    ),
+    "embedding": ("embeddings", {"input": "Hello"}),
+    "rerank": ("rerank", {"query": "Hello", "documents": ["Hello, world", "Good night"]}),
+}
+"""A request that a node of the role answers: path under /v1, body beside the model."""
+
 
 def usage(config: NodeConfig) -> str:
     """The URL and a curl line that works as pasted."""
@@ -29,16 +39,12 @@ def usage(config: NodeConfig) -> str:
     if not config.frontend:
         return f"serving {config.served_model_name} to the cluster; health and metrics: {system}/health {system}/metrics"
     url = _url(config.http_host, config.http_port)
-    body = {
-        "model": config.served_model_name,
-        "messages": [{"role": "user", "content": "Hello"}],
-        "max_tokens": 32,
-        "stream": True,
-    }
-    return (
-        f"ready: {url}/v1   (health: {system}/health, metrics: {system}/metrics)\n"
-        f"try:   curl -sN {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
-    )
+    ready = f"ready: {url}/v1   (health: {system}/health, metrics: {system}/metrics)"
+    if config.role in ("prefill", "decode"):
+        return f"{ready}\nit answers together with a {'decode' if config.role == 'prefill' else 'prefill'} worker"
+    path, more = TRIES.get(config.role, TRIES["aggregated"])
+    body = shlex.quote(json.dumps({"model": config.served_model_name, **more}))
+    return f"{ready}\ntry:   curl -sN {url}/v1/{path} -H 'Content-Type: application/json' -d {body}"
 
 
 def _url(host: str, port: int) -> str:

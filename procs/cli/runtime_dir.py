@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shared import sockets
 from shared.config import (
+    ADAPTERS_FILE,
     CONFIG_FILE,
     DISCOVERY_DIR,
     EPOCH_FILE,
@@ -29,7 +30,10 @@ SUPERVISOR_BINDS = f"{SUPERVISOR_SOCKET}.4194304"
 SGLANG_IPC = f"{TEMPORARY_DIR}/999999/tmpXXXXXXXX"
 """SGLang 0.5.23 names its ipc sockets by tempfile in TMPDIR, which has the engine's incarnation in it."""
 SUBDIRECTORIES = (LOG_DIR, SOCKET_DIR, TEMPORARY_DIR, DISCOVERY_DIR, REGISTRATIONS_DIR)
-FILES = (LOCK_FILE, CONFIG_FILE, "node.tmp", SUPERVISOR_CONF, SUPERVISOR_SOCKET, "supervisord.pid", INCARNATION_FILE, EPOCH_FILE)
+FILES = (
+    LOCK_FILE, CONFIG_FILE, "node.tmp", SUPERVISOR_CONF, SUPERVISOR_SOCKET, "supervisord.pid", INCARNATION_FILE, EPOCH_FILE,
+    ADAPTERS_FILE,
+)  # fmt: skip
 """What else a node has in its directory; a suffix makes a temporary form."""
 
 

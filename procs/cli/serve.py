@@ -177,6 +177,7 @@ def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeC
             print("sgnode: checking the configuration with SGLang's own parser (some seconds)", flush=True)
         worker = _check_child(request, environ)
     dynamo = msgspec.convert(worker.pop("dynamo"), configuration.Dynamo)
+    environ.update(worker.pop("environment", {}))
     roles.find(worker["role"])
     agents = _agents(found, worker.pop("gateway_workers", None))
     found.group_port = group_port(found, worker)

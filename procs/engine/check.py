@@ -110,6 +110,8 @@ class _Errors(logging.Handler):
 
 UNSUPPORTED = {
     "frontend_decoding": "--frontend-decoding",
+    "fpm_trace": "--fpm-trace",
+    "dump_config_to": "--dump-config-to",
 }
 """Features of dynamo.sglang that are not built yet: refused at start, never ignored."""
 
@@ -120,6 +122,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
     from dynamo.sglang import args
     from dynamo.sglang.engine_routes import parse_engine_route_descriptors
 
+    before = dict(os.environ)
     # Weights are fetched by the engine while it loads, where it can be seen and stopped.
     args.should_fetch_model = lambda *_: False
     # They say why they give up in their logs, which Dynamo's handler writes past sys.stderr.
@@ -141,6 +144,12 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
     for field, flag in UNSUPPORTED.items():
         if getattr(dynamo, field, None):
             raise ValueError(f"{flag} is not supported by this version of sgnode")
+    if getattr(server, "enable_forward_pass_metrics", False):
+        raise ValueError("--enable-forward-pass-metrics is not supported by this version of sgnode")
+    if getattr(server, "load_format", None) == "gms":
+        raise ValueError("--load-format gms is not supported by this version of sgnode")
+    if os.environ.get("DYN_SNAPSHOT_CONTROL_DIR"):
+        raise ValueError("DYN_SNAPSHOT_CONTROL_DIR: snapshots are not supported by this version of sgnode")
     if dynamo.use_kv_events:
         _kv_events(json.loads(server.kv_events_config), server)
     parse_engine_route_descriptors(dynamo.engine_routes)
@@ -150,6 +159,8 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
 
         structural = msgspec.to_builtins(structural) or None
     return {
+        # Dynamo's own way from a flag to its runtime, in every process that has one.
+        "environment": {name: value for name, value in os.environ.items() if _is_for_runtime(name, value, before)},
         "worker_argv": argv,
         "role": _role(server, dynamo),
         "text_mode": bool(dynamo.use_sglang_tokenizer),
@@ -188,6 +199,10 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
             "engine_request_limit": getattr(dynamo, "engine_request_limit", None),
         },
     }
+
+
+def _is_for_runtime(name: str, value: str, before: dict[str, str]) -> bool:
+    return name.startswith(("DYN_TCP_TLS_", "NATS_TLS_", "DYN_FPM_")) and before.get(name) != value
 
 
 def _settled(argv: list[str], config: Any) -> list[str]:

@@ -23,7 +23,10 @@ class Case:
     """Both answers must report cached tokens: the request repeats a prompt."""
     headers: dict[str, str] = field(default_factory=dict)
     wanted: int | None = None
-    """Status that sgnode must answer, whatever the incumbent did: its engine dies of this request or died of one before."""
+    """Status that sgnode must answer (an error in a stream counts), whatever the incumbent did.
+
+    Its engine dies of this request, or has died of one before.
+    """
 
     @property
     def stream(self) -> bool:

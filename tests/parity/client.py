@@ -42,10 +42,22 @@ def ask(session: requests.Session, url: str, case: Case) -> Answer:
         answer["stream"] = fold(events(text))
         return answer
     try:
-        answer["body"] = plain(json.loads(text))
+        body = plain(json.loads(text))
+        if isinstance(body, dict) and body.get("object") == "list" and case.body is None:
+            body["data"].sort(key=json.dumps)  # a list of models has no order
+        answer["body"] = body
     except json.JSONDecodeError:
         answer["text"] = IDS.sub("<id>", text)
     return answer
+
+
+def error_of(answer: Answer) -> int | None:
+    """The status of an error, also of one that came when a stream had begun; None for an answer."""
+    if answer["status"] != 200:
+        return int(answer["status"])
+    chunks = answer.get("stream", {}).get("chunks", {})
+    errors = [chunk["error"] for chunk in chunks.values() if isinstance(chunk.get("error"), dict)]
+    return int(errors[0].get("code") or 400) if errors else None
 
 
 def plain(value: Any) -> Any:
@@ -117,7 +129,7 @@ BY_INDEX = {"choices", "tool_calls"}
 """Lists whose items are pieces of the item of that index."""
 APPENDED = {
     "tokens", "token_logprobs", "top_logprobs", "text_offset", "content", "refusal", "output_ids",
-    *(f"{side}_{what}" for side in ("input", "output") for what in ("token_logprobs", "top_logprobs", "token_ids_logprobs")),
+    *(f"output_{what}" for what in ("token_logprobs", "top_logprobs", "token_ids_logprobs")),
 }  # fmt: skip
 """Lists that a stream sends in pieces."""
 

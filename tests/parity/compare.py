@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.parity.case import Case
-from tests.parity.client import Answer
+from tests.parity.client import Answer, error_of
 
 TOLERANCE = 1e-3
 """Of log probabilities: the engines batch differently."""
@@ -30,7 +30,7 @@ class Difference:
 def compare(case: Case, incumbent: Answer, sgnode: Answer) -> list[Difference]:
     """Empty when the answers are alike in what the case compares."""
     if case.wanted is not None:
-        right = sgnode["status"] == case.wanted
+        right = (error_of(sgnode) or 200) == case.wanted
         return [] if right else [Difference("status wanted", case.wanted, f"{sgnode['status']} {_body(sgnode)}")]
     if case.compare == "status" or incumbent["status"] != sgnode["status"]:
         # One is an error and the other is not: their bodies have nothing to compare, only to be shown.

@@ -21,7 +21,25 @@ class Expected:
         return fnmatchcase(name, self.names) and fnmatchcase(difference.path, self.paths.replace("[", "[[]"))
 
 
-EXPECTED: list[Expected] = []
+VAGUE = "dynamo.sglang hides its reason behind 'Invalid request'; sgnode says it"
+NATIVE = "dynamo.sglang puts the name of Python's exception in front"
+LENGTHS = "dynamo.sglang ignores max_completion_tokens in text mode, which is what the frontend makes of each API's own limit"
+CHUNKS = "the frontend counts thoughts by the chunk; sgnode puts tokens that wait together into one"
+
+EXPECTED = [
+    Expected("main/*/min_tokens/above max_tokens", "body.message", VAGUE),
+    Expected("main/chat/nvext/token_data empty*", "*message", VAGUE),
+    Expected("embedding/embedding/dimensions *", "body.message", VAGUE),
+    Expected("embedding/embedding/*too long*", "body.message", VAGUE),
+    Expected("text/chat/too long*", "*message", VAGUE),
+    Expected("embedding/embedding/empty list", "status", "dynamo.sglang answers 500 to an empty list; it is the client's error"),
+    Expected("main/generate/*", "stream.chunks.data.error.message", NATIVE),
+    Expected("text/chat/max_completion_tokens", "body.choices[0].*", LENGTHS),
+    Expected("text/responses/plain", "body.*", LENGTHS),
+    Expected("text/messages/plain", "body.*", LENGTHS),
+    Expected("text/chat/image", "body.message", "the same refusal as without text mode, in the words that dynamo.sglang has there"),
+    Expected("parsers/*", "*.reasoning_tokens", CHUNKS),
+]
 
 
 def reason_of(name: str, difference: Difference) -> Expected | None:

@@ -88,7 +88,11 @@ def _sgnode(name: str, arguments: list[str], store: Path) -> Iterator[None]:
                 node.start().wait_ready(READY_SECONDS)
                 yield
             node.terminate()
-            node.wait_stopped()
+            try:
+                node.wait_stopped()
+            except subprocess.TimeoutExpired as error:
+                # Every answer has come: a drain that waits has lost one.
+                raise AssertionError(f"sgnode does not stop: {node.status().get('reason')}") from error
         finally:
             for log in (node.runtime_dir / "log").glob("*.log"):
                 _kept(log, f"sgnode-{name}")

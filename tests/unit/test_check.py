@@ -98,7 +98,6 @@ def kv_events(**given: Any) -> list[str]:
         (["--custom-jinja-template", "/nonexistent.jinja"], "/nonexistent.jinja"),
         (["--disagg-config", "/nonexistent.yaml"], "disagg_config_key"),
         (["--dedicated-mm-encoder"], "--dedicated-mm-encoder"),
-        (["--use-sglang-tokenizer"], "--use-sglang-tokenizer"),
         (["stray"], "stray"),
         (kv_events(endpoint="ipc:///tmp/x"), "endpoint 'ipc:///tmp/x' is not tcp://HOST:PORT"),
         (kv_events(endpoint="tcp://127.0.0.1:5557"), 'use tcp://*:5557, or add "bind": true'),

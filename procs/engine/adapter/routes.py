@@ -13,6 +13,8 @@ from typing import Any
 from dynamo.common.model_taints import TOPOLOGY_TAINT_PREFIX
 from dynamo.sglang.request_handlers.handler_base import BaseWorkerHandler
 
+from procs.engine.adapter.guard import PAUSE, RELEASE, RESUME, Memory, check_body
+from shared.config import ADAPTERS_FILE
 from shared.errors import Code, RequestError
 from shared.frames import Serving
 
@@ -21,9 +23,6 @@ PREFIX = "control/"
 ALONGSIDE = ("control/is_scaling_elastic_ep",)
 """Routes that only look: they don't wait for one that works."""
 TAINTS = "update/model_taints"
-RELEASE, RESUME = "release_memory_occupation", "resume_memory_occupation"
-ADAPTERS_FILE = "adapters.json"
-"""In the runtime directory: adapters by name with their source, which the next incarnation loads again."""
 
 
 class Routes(BaseWorkerHandler):  # type: ignore[misc]
@@ -36,10 +35,15 @@ class Routes(BaseWorkerHandler):  # type: ignore[misc]
         self._changed = changed
         self._file = runtime_dir / ADAPTERS_FILE
         self._sources: dict[str, str] = {}
-        self._released: set[str] = set()
-        self._pause_mode = ""
+        self._memory = Memory()
+        self._in_place = False
         self._one = asyncio.Lock()
+        self._weights = asyncio.Lock()
+        """Of the control/* routes: a weights update waits for running requests, and a pause must not wait for it."""
         self.serving = Serving(incarnation)
+        aliases = getattr(config.dynamo_args, "served_model_aliases", None) or ()
+        self._taken = {config.server_args.served_model_name, *aliases}
+        """Names of the base model: an adapter can't have one of them."""
         self.paths: dict[str, Route] = {}
         # register_engine_routes asks a Dynamo runtime for this one method.
         self.register_engine_routes(self)
@@ -58,57 +62,33 @@ class Routes(BaseWorkerHandler):  # type: ignore[misc]
             raise RequestError(Code.UNKNOWN, f"no engine route {path!r}")
         if path in ALONGSIDE:
             return await route(body)
-        async with self._one:
-            if path in (RELEASE, RESUME) and (answer := self._check_memory(path, body)) is not None:
+        check_body(path, body)
+        async with self._weights if path.startswith(PREFIX) else self._one:
+            if path in (RELEASE, RESUME) and (answer := self._memory.begin(path, body, running=self._running())) is not None:
                 return answer
             # SGLang's answers come through a loop that the first request would start.
             self._manager.auto_create_handle_loop()
             try:
                 answer = await route(body)
-                if path == "pause_generation":
-                    self._pause_mode = body.get("mode", "abort")
-                elif path == RESUME:
-                    self._released -= self._tags(body)
+                if path == PAUSE:
+                    self._in_place = body.get("mode") == "in_place"
+                elif path in (RELEASE, RESUME):
+                    self._memory.done(path, body)
                 return answer
-            except BaseException:
-                if path == RELEASE:
-                    self._released -= self._tags(body)
-                raise
             finally:
+                if path == RELEASE:
+                    self._memory.undo()  # of one that has failed
                 self._say()
 
-    def _check_memory(self, path: str, body: Any) -> dict[str, Any] | None:
-        """What SGLang's scheduler would die of is refused (0.5.23: assertions in weight_updater.py); what is so already is ok.
-
-        From here on no request gets in while memory is away. Raises ValueError.
-        """
-        tags = self._tags(body)
-        if path == RESUME:
-            if not self._released:
-                return {"status": "ok"}
-            if not tags <= self._released:
-                raise ValueError(f"tags {sorted(tags - self._released)}: not released; released are {sorted(self._released)}")
-            return None
-        if tags <= self._released:
-            return {"status": "ok"}
-        # Paused by retraction or abort nothing is in a running batch; in place it is.
-        if self._manager.rid_to_state and (not self._manager.is_pause or self._pause_mode == "in_place"):
-            raise ValueError(f"{len(self._manager.rid_to_state)} requests are running; drain first, or use `sgnode sleep`")
-        self._released |= tags
-        return None
-
-    def _tags(self, body: Any) -> set[str]:
-        from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
-
-        found = body.get("tags") if isinstance(body, dict) else None
-        if found is not None and (not isinstance(found, list) or not set(map(str, found)) <= set(GPU_MEMORY_ALL_TYPES)):
-            raise ValueError(f"tags: expected a list of {', '.join(GPU_MEMORY_ALL_TYPES)}, got {found!r}")
-        return set(found or GPU_MEMORY_ALL_TYPES)
+    def _running(self) -> int:
+        """Requests in a running batch: paused by retraction or abort none is, in place they are."""
+        paused = self._manager.is_pause and not self._in_place
+        return 0 if paused else len(self._manager.rid_to_state)
 
     @property
     def asleep(self) -> bool:
         """Memory is away: a request would end SGLang's scheduler."""
-        return bool(self._released)
+        return bool(self._memory.released)
 
     def _say(self) -> None:
         serving = self.serving
@@ -134,6 +114,12 @@ class Routes(BaseWorkerHandler):  # type: ignore[misc]
     async def adapter(self, op: str, body: Any) -> dict[str, Any]:
         """``load_lora``, ``unload_lora``, ``list_loras``, ``clear_kv_blocks``: the one answer of that endpoint."""
         answer: dict[str, Any] = {}
+        name = body.get("lora_name") if isinstance(body, dict) else None
+        if op == "load_lora" and name in self._taken:
+            what = (
+                f"Failed to register LoRA '{name}' in discovery registry: a different model '{name}' is already registered there"
+            )
+            return {"status": "error", "message": what, "lora_name": name}
         async with self._one:
             async for said in getattr(self, op)(body):
                 answer = said
@@ -147,7 +133,7 @@ class Routes(BaseWorkerHandler):  # type: ignore[misc]
         if isinstance(body, dict) and isinstance(body.get("source"), dict) and isinstance(body.get("lora_name"), str):
             self._sources.setdefault(body["lora_name"], str(body["source"].get("uri")))
         self._sources = {name: uri for name, uri in self._sources.items() if name in self.lora_id_for_name}
-        temporary = self._file.with_suffix(".tmp")
+        temporary = self._file.with_suffix(".json.tmp")
         temporary.write_text(json.dumps(self._sources))
         temporary.replace(self._file)
 
