@@ -9,9 +9,9 @@ from shared.frames import EngineFacts, Output
 Payload = dict[str, Any]
 """What the engine's process needs for one request, plain data. ``call`` says what for, ``generate`` if absent:
 
-``generate``: the rest are keyword arguments of SGLang's ``Engine.async_generate``; ``asks`` holds fields of Dynamo's request that
-only SGLang's process can judge (procs.engine.adapter.asks). ``text``: the same with a ``request`` in OpenAI's form, whose prompt is
-rendered there, and text as output. ``native``: SGLang's own GenerateReqInput. ``embed``: SGLang's EmbeddingReqInput.
+``generate``: the rest are keyword arguments of SGLang's ``Engine.async_generate``; ``asks`` holds fields of Dynamo's request
+that only SGLang's process can judge (procs.engine.adapter.asks). ``text``: the same with a ``request`` in OpenAI's form, whose
+prompt is rendered there, and text as output. ``native``: SGLang's own GenerateReqInput. ``embed``: SGLang's EmbeddingReqInput.
 """
 Request = dict[str, Any]
 """A request as Dynamo 1.6.1 hands it to a worker."""
