@@ -296,7 +296,7 @@ def _check_child(request: dict[str, Any], environ: dict[str, str]) -> dict[str, 
 
 
 def _synthetic_worker(found: NodeFlags) -> dict[str, Any]:
-    """What the check child resolves, for the synthetic engine: Dynamo's defaults and four flags."""
+    """What the check child resolves, for the synthetic engine: Dynamo's defaults and a few flags."""
     made = flags.Parser(add_help=False, allow_abbrev=False)
     made.add_argument("--model-path", required=True)
     made.add_argument("--served-model-name")
@@ -305,6 +305,7 @@ def _synthetic_worker(found: NodeFlags) -> dict[str, Any]:
     for flag, default in (("--tp-size", 1), ("--nnodes", 1), ("--node-rank", 0)):
         made.add_argument(flag, type=int, default=default)
     made.add_argument("--dist-init-addr")
+    made.add_argument("--engine-request-limit", type=int)
     argv = [*(part for flag, value in found.worker_file.items() for part in (flag, str(value))), *found.worker_argv]
     known = made.parse_args(argv)
     served = known.served_model_name or known.model_path
@@ -315,7 +316,11 @@ def _synthetic_worker(found: NodeFlags) -> dict[str, Any]:
         "served_model_name": served,
         **{name: getattr(known, name) for name in ("tp_size", "nnodes", "node_rank", "dist_init_addr")},
         "group_facts": {"model": served, "tp_size": str(known.tp_size), "nnodes": str(known.nnodes)},
-        "dynamo": {"discovery_backend": known.discovery_backend, "namespace": known.namespace},
+        "dynamo": {
+            "discovery_backend": known.discovery_backend,
+            "namespace": known.namespace,
+            "engine_request_limit": known.engine_request_limit,
+        },
     }
 
 

@@ -13,9 +13,9 @@ import openai
 import pytest
 import requests
 
-from tests.e2e.direct import Call, direct
 from tests.e2e.conftest import MODEL
-from tests.harness import CPU, ONE_THREAD, SGNODE, Node, wait_for
+from tests.e2e.direct import Call, direct
+from tests.harness import CPU, ONE_THREAD, SGNODE, Node
 
 DIMENSIONS = 64
 TEXT = "The quick brown fox jumps over the lazy dog."

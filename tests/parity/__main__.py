@@ -1,4 +1,7 @@
-"""``python -m tests.parity``: run the set against both sides, print how they differ, exit 1 if anything is unexpected."""
+"""``python -m tests.parity``: run the set against both sides, print how they differ, exit 1 if anything is unexpected.
+
+While working on sgnode: once ``--record FILE``, then ``--against FILE``. PARITY_LOGS=DIR keeps every worker's log.
+"""
 
 import argparse
 import json

@@ -15,29 +15,38 @@ class Expected:
     paths: str
     """Of the differences: places in the answer."""
     reason: str
+    incumbent: str | None = None
+    """Only where the incumbent has this value."""
+    longer: bool = False
+    """Only where the incumbent's text is sgnode's with something in front."""
 
     def covers(self, name: str, difference: Difference) -> bool:
         # A path has brackets of its own, which are no sets of characters here.
-        return fnmatchcase(name, self.names) and fnmatchcase(difference.path, self.paths.replace("[", "[[]"))
+        if not (fnmatchcase(name, self.names) and fnmatchcase(difference.path, self.paths.replace("[", "[[]"))):
+            return False
+        if self.incumbent is not None and difference.incumbent != self.incumbent:
+            return False
+        return not self.longer or str(difference.incumbent).endswith(f": {difference.sgnode}")
 
 
 VAGUE = "dynamo.sglang hides its reason behind 'Invalid request'; sgnode says it"
 NATIVE = "dynamo.sglang puts the name of Python's exception in front"
 LENGTHS = "dynamo.sglang ignores max_completion_tokens in text mode, which is what the frontend makes of each API's own limit"
+MEDIA = "the words that dynamo.sglang has for it without text mode"
 CHUNKS = "the frontend counts thoughts by the chunk; sgnode puts tokens that wait together into one"
 
 EXPECTED = [
-    Expected("main/*/min_tokens/above max_tokens", "body.message", VAGUE),
-    Expected("main/chat/nvext/token_data empty*", "*message", VAGUE),
-    Expected("embedding/embedding/dimensions *", "body.message", VAGUE),
-    Expected("embedding/embedding/*too long*", "body.message", VAGUE),
-    Expected("text/chat/too long*", "*message", VAGUE),
+    Expected("main/*/min_tokens/above max_tokens", "body.message", VAGUE, "Invalid request"),
+    Expected("main/chat/nvext/token_data empty*", "*message", VAGUE, "Invalid request"),
+    Expected("embedding/embedding/dimensions *", "body.message", VAGUE, "Invalid request"),
+    Expected("embedding/embedding/*too long*", "body.message", VAGUE, "Invalid request"),
+    Expected("text/chat/too long*", "*message", VAGUE, "Invalid request"),
     Expected("embedding/embedding/empty list", "status", "dynamo.sglang answers 500 to an empty list; it is the client's error"),
-    Expected("main/generate/*", "stream.chunks.data.error.message", NATIVE),
+    Expected("main/generate/*", "stream.chunks.data.error.message", NATIVE, longer=True),
     Expected("text/chat/max_completion_tokens", "body.choices[0].*", LENGTHS),
     Expected("text/responses/plain", "body.*", LENGTHS),
     Expected("text/messages/plain", "body.*", LENGTHS),
-    Expected("text/chat/image", "body.message", "the same refusal as without text mode, in the words that dynamo.sglang has there"),
+    Expected("text/chat/image", "body.message", MEDIA),
     Expected("parsers/*", "*.reasoning_tokens", CHUNKS),
 ]
 

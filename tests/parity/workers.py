@@ -70,9 +70,7 @@ def _incumbent(name: str, arguments: list[str], store: Path) -> Iterator[None]:
             yield
     finally:
         _kept(log, f"incumbent-{name}")
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
+        # At once: its own way out takes 8 s, and is not compared.
         for pid in marked_pids(marker):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

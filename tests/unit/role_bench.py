@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shared.frames import EngineFacts
+from shared.frames import EngineFacts, Output
 from shared.roles.role import Asked, Role
 
 FACTS = EngineFacts(
@@ -26,3 +26,10 @@ def only(role: Role, found: Asked) -> dict[str, Any]:
     """The one payload of the request."""
     (payload,) = role.to_engine(found)
     return payload
+
+
+def said(role: Role, output: Output, index: int, found: Asked) -> Any:
+    """The chunk of an output; there is one."""
+    chunk = role.to_dynamo(output, index, found)
+    assert chunk is not None
+    return chunk

@@ -55,7 +55,12 @@ class Scene:
         return list(self.bench.backend.submitted)
 
     def tokens(
-        self, rid: str, *ids: int, finish: dict[str, Any] | None = None, meta: dict[str, Any] | None = None, text: str | None = None
+        self,
+        rid: str,
+        *ids: int,
+        finish: dict[str, Any] | None = None,
+        meta: dict[str, Any] | None = None,
+        text: str | None = None,
     ) -> None:
         self.bench.service.output(rid, list(ids), finish, meta, text)
 

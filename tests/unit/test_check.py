@@ -149,3 +149,118 @@ def test_values_of_the_file_become_arguments_before_the_command_line(check: Chec
 )
 def test_a_wrong_value_in_the_file_is_one_line(check: Check, file: dict[str, Any], names: str) -> None:
     assert names in refusal(check(file=file))
+
+
+# --- what is settled before anything starts ---------------------------------------------------------------------------
+
+
+def value_of(argv: list[str], flag: str) -> str | None:
+    """A flag's last value."""
+    found = [argv[number + 1] for number, argument in enumerate(argv[:-1]) if argument == flag]
+    return found[-1] if found else None
+
+
+def test_text_mode_is_a_way_to_serve(check: Check) -> None:
+    found = check("--use-sglang-tokenizer")
+    assert (found["role"], found["text_mode"]) == ("aggregated", True) and "--use-sglang-tokenizer" in found["worker_argv"]
+    assert check()["text_mode"] is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [
+        ([], None),
+        (["--gateway-workers", "3"], 3),
+        (["--gateway-workers=3"], 3),
+        (["--tokenizer-worker-num", "2"], 2),
+        (["--gateway-workers", "2", "--tokenizer-worker-num", "2"], 2),
+        (["--gateway-workers", "1"], 1),
+    ],
+)
+def test_the_incumbent_s_gateway_workers_become_agents_and_the_engine_has_none(
+    check: Check, flags: list[str], count: int | None
+) -> None:
+    found = check(*flags)
+    assert found["gateway_workers"] == count
+    assert not any(argument.startswith(("--gateway-workers", "--tokenizer-worker-num")) for argument in found["worker_argv"])
+
+
+def test_gateway_workers_that_contradict_each_other_are_refused(check: Check) -> None:
+    assert "--gateway-workers 3 conflicts with --tokenizer-worker-num 2" in refusal(
+        check("--gateway-workers", "3", "--tokenizer-worker-num", "2")
+    )
+
+
+def test_a_disagg_section_is_inlined_and_the_command_line_wins(check: Check, tmp_path: Path) -> None:
+    file = tmp_path / "disagg.yaml"
+    file.write_text(
+        "prefill:\n  disaggregation-mode: prefill\n  random-seed: 8\n  disable-radix-cache: true\n"
+        "  served-model-name: theirs\ndecode:\n  disaggregation-mode: decode\n"
+    )
+    argv = ["--disagg-config", str(file), "--disagg-config-key", "prefill", "--served-model-name", "ours"]
+    found = check(*argv)
+    assert (found["role"], found["served_model_name"]) == ("prefill", "ours")
+    written = found["worker_argv"]
+    assert "--disable-radix-cache" in written and value_of(written, "--random-seed") == "8"
+    assert value_of(written, "--served-model-name") == "ours"
+    assert not any(argument.startswith("--disagg-config") for argument in written)
+    file.unlink()
+    again = check(*written, base=False)
+    assert (again["role"], again["served_model_name"]) == ("prefill", "ours"), "the file isn't needed any more"
+    assert again["worker_argv"] == written
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "names"),
+    [
+        ("prefill:\n  max-running-requests: 8\n", "decode", "'decode' not found"),
+        ("prefill: [1]\n", "prefill", "must be a dictionary"),
+        ("- 1\n", "prefill", "must contain a dictionary"),
+        ("prefill:\n  max-runing-requests: 8\n", "prefill", "max-runing-requests"),
+    ],
+)
+def test_a_wrong_disagg_section_is_one_line(check: Check, tmp_path: Path, text: str, key: str, names: str) -> None:
+    file = tmp_path / "disagg.yaml"
+    file.write_text(text)
+    assert names in refusal(check("--disagg-config", str(file), "--disagg-config-key", key))
+
+
+def test_a_prefill_keeps_the_port_that_was_free_at_its_start(check: Check) -> None:
+    port = "--disaggregation-bootstrap-port"
+    found = check("--disaggregation-mode", "prefill")["worker_argv"]
+    assert int(value_of(found, port) or 0) > 0
+    again = check(*found, base=False)["worker_argv"]
+    assert value_of(again, port) == value_of(found, port) and again.count(port) == 1
+    assert check("--disaggregation-mode", "prefill", port, "8123")["worker_argv"].count(port) == 1
+    assert f"{port}=8123" in (given := check("--disaggregation-mode", "prefill", f"{port}=8123")["worker_argv"])
+    assert port not in given
+    for mode in ("decode", "null"):
+        assert port not in check("--disaggregation-mode", mode)["worker_argv"]
+
+
+def test_engine_routes_are_kept_for_the_engine(check: Check) -> None:
+    found = check("--engine-route", "flush_cache:tm", "--engine-route", "sub/x-1.y=get_server_info")["worker_argv"]
+    assert found[-4:] == ["--engine-route", "flush_cache:tm", "--engine-route", "sub/x-1.y=get_server_info"]
+
+
+@pytest.mark.parametrize(
+    ("route", "why"),
+    [
+        ("x:zzz", "unknown target 'zzz'; expected 'engine' or 'tm'"),
+        ("a:b:c", "at most one ':'"),
+        ("a=b=c", "at most one '='"),
+        ("a=", "both the route path and method are required"),
+        ("a:", "both the route and target are required"),
+        ("../x=get", "the route path must contain"),
+        ("a=1x", "is not a Python identifier"),
+        ("x=_p", "private methods cannot be exposed"),
+        ("", "descriptor is empty"),
+    ],
+)
+def test_a_malformed_engine_route_is_refused_before_anything_starts(check: Check, route: str, why: str) -> None:
+    line = refusal(check("--engine-route", route))
+    assert why in line and "Invalid SGLang engine route descriptor" in line
+
+
+def test_an_engine_route_twice_is_refused(check: Check) -> None:
+    assert "configured more than once" in refusal(check("--engine-route", "a=get_server_info", "--engine-route", "a=flush_cache"))

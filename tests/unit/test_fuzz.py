@@ -36,9 +36,10 @@ ANSWERS = ("tokens", "tokens", "tokens", "refused", "oops", "abort", "verdict", 
 # --- requests ------------------------------------------------------------------------------------------------------------
 
 WILD: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 99, 100, 128, 129, 2**31, 2**32 - 1, 2**63, 2**64 - 1, 2**64, 2**70, -(2**63) - 1, 0.5, -0.5,
-    1e308, float("nan"), float("inf"), "", "a", "7", "\x00", "\ud800", "é" * 50, [], [1], [[1]], [None], ["a", 1], [2**64], {}, {"a": 1},
-    {"n": 2}, {"type": "image_url"}, [{"content": [{"type": "input_audio"}]}], b"\x01\x00\x00\x00", b"\x01",
+    None, True, False, 0, 1, -1, 2, 99, 100, 128, 129, 2**31, 2**32 - 1, 2**63, 2**64 - 1, 2**64, 2**70, -(2**63) - 1,
+    0.5, -0.5, 1e308, float("nan"), float("inf"), "", "a", "7", "\x00", "\ud800", "é" * 50, b"\x01\x00\x00\x00", b"\x01",
+    [], [1], [[1]], [None], ["a", 1], [2**64], [{"content": [{"type": "input_audio"}]}],
+    {}, {"a": 1}, {"n": 2}, {"type": "image_url"},
 ]  # fmt: skip
 wild = st.sampled_from(WILD)
 
@@ -162,7 +163,9 @@ def _rest(kinds: dict[str, st.SearchStrategy[Any]]) -> dict[str, st.SearchStrate
 
 token_requests = request_of(TOKENS)
 anything = st.recursive(
-    wild, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(list(TOKENS)), inner, max_size=3), max_leaves=5
+    wild,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(list(TOKENS)), inner, max_size=3),
+    max_leaves=5,
 )
 wrapped = st.fixed_dictionaries({"request": token_requests}, optional={"sampling_params": SAMPLING})
 requests = st.integers(0, 19).flatmap(
@@ -248,7 +251,8 @@ class Fuzz:
 
     def __init__(self, directory: Path) -> None:
         self.bench = Bench(directory)
-        self.backend = self.bench.service._backend = AnsweringBackend()
+        self.backend = AnsweringBackend()
+        self.bench.service._backend = self.backend
         self.backend.service = self.bench.service
         self.client = EngineClient(directory, "agent:0")
         self.beat()

@@ -9,7 +9,7 @@ from shared.frames import Output
 from shared.roles import find
 from shared.roles.prefill import ROOMS
 from shared.roles.role import Asked
-from tests.unit.role_bench import BOOTSTRAP, FACTS, asked, only, plain
+from tests.unit.role_bench import BOOTSTRAP, FACTS, asked, only, plain, said
 
 PREFILL, DECODE = find("prefill"), find("decode")
 USAGE = {"prompt_tokens": 2, "completion_tokens": 1, "cached_tokens": 1}
@@ -92,7 +92,7 @@ def test_a_prefill_s_canary_answers_as_an_engine_and_opens_nothing() -> None:
     made = only(PREFILL, found)
     assert (made["bootstrap_host"], made["bootstrap_room"]) == ("2.2.2.2", 0)
     assert PREFILL.opening(found, made) is None
-    assert PREFILL.to_dynamo(Output("r", 0, [7], {"type": "length"}), 0, found)["token_ids"] == [7]
+    assert said(PREFILL, Output("r", 0, [7], {"type": "length"}), 0, found)["token_ids"] == [7]
 
 
 # --- decode --------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_a_decode_without_a_prefill_is_the_router_s_mistake(given: Any, text: bo
 def test_a_decode_reports_no_reuse_but_usage() -> None:
     found = asked(bootstrap_info=BOOTSTRAP)
     only(DECODE, found)
-    chunk = DECODE.to_dynamo(Output("r", 0, [7], {"type": "stop"}, dict(USAGE)), 0, found)
+    chunk = said(DECODE, Output("r", 0, [7], {"type": "stop"}, dict(USAGE)), 0, found)
     assert chunk["completion_usage"]["total_tokens"] == 3 and "engine_data" not in chunk
 
 
@@ -133,7 +133,7 @@ def test_a_native_decode_goes_to_its_prefill_too() -> None:
     made = only(DECODE, found)
     assert made["call"] == "native" and made["fields"] == {**BOOTSTRAP, "disagg_prefill_dp_rank": 1}
     output = Output("r", 0, [7], {"type": "stop"}, {"native": {"meta_info": dict(USAGE)}})
-    assert "kv_cache_hit" not in DECODE.to_dynamo(output, 0, found)["engine_data"]
+    assert "kv_cache_hit" not in said(DECODE, output, 0, found)["engine_data"]
 
 
 def test_a_decode_s_canary_transfers_nothing() -> None:

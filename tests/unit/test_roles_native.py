@@ -8,7 +8,7 @@ from shared.errors import Code, RequestError
 from shared.frames import Output
 from shared.roles import find
 from shared.roles.role import Asked
-from tests.unit.role_bench import asked, only
+from tests.unit.role_bench import asked, only, said
 
 ROLE = find("aggregated")
 USAGE = {"prompt_tokens": 4, "cached_tokens": 3, "id": "internal"}
@@ -53,7 +53,7 @@ def test_samples_are_requests_of_their_own() -> None:
     found = native({"sampling_params": {"n": 3, "temperature": 1}, "rid": "mine"})
     made = ROLE.to_engine(found)
     assert [p["sampling_params"] for p in made] == [{"n": 1, "temperature": 1}] * 3
-    chunk = ROLE.to_dynamo(Output("r", 0, [7], {"type": "stop"}, {"native": {"meta_info": dict(USAGE)}}), 2, found)
+    chunk = said(ROLE, Output("r", 0, [7], {"type": "stop"}, {"native": {"meta_info": dict(USAGE)}}), 2, found)
     answer = chunk["engine_data"]["sglang_response"]
     assert (answer["index"], answer["meta_info"]["id"]) == (2, "mine_2") and "kv_cache_hit" not in chunk["engine_data"]
 
@@ -87,7 +87,7 @@ def test_the_answer_is_sglang_s_own_under_the_client_s_id(rid: Any, public: str)
     found = native({"rid": rid})
     only(ROLE, found)
     answer = {"meta_info": {**USAGE, "finish_reason": None}, "hidden_states": [1.0]}
-    chunk = ROLE.to_dynamo(Output("r", 0, [7], None, {"native": answer}, "hi"), 0, found)
+    chunk = said(ROLE, Output("r", 0, [7], None, {"native": answer}, "hi"), 0, found)
     assert chunk == {
         "token_ids": [],
         "engine_data": {
@@ -104,7 +104,7 @@ def test_the_answer_is_sglang_s_own_under_the_client_s_id(rid: Any, public: str)
 def test_the_last_answer_reports_the_reuse() -> None:
     found = native({})
     only(ROLE, found)
-    chunk = ROLE.to_dynamo(Output("r", 0, [7], {"type": "stop"}, {"native": {"meta_info": dict(USAGE)}}), 0, found)
+    chunk = said(ROLE, Output("r", 0, [7], {"type": "stop"}, {"native": {"meta_info": dict(USAGE)}}), 0, found)
     assert chunk["engine_data"]["kv_cache_hit"] == {"prompt_tokens": 4, "reused_tokens": 3}
 
 

@@ -88,7 +88,7 @@ def test_more_dimensions_than_the_model_has_are_the_client_s_mistake() -> None:
 
 # --- rerank --------------------------------------------------------------------------------------------------------------
 
-QUESTION = {"model": "m", "query": "q", "documents": ["a", "b", "c"]}
+QUESTION: dict[str, Any] = {"model": "m", "query": "q", "documents": ["a", "b", "c"]}
 
 
 def test_a_query_is_paired_with_each_document() -> None:

@@ -7,7 +7,7 @@ import pytest
 from shared.errors import Code, RequestError
 from shared.frames import Output
 from shared.roles import find
-from tests.unit.role_bench import BOOTSTRAP, FACTS, only, plain
+from tests.unit.role_bench import BOOTSTRAP, FACTS, only, plain, said
 
 TEXT = find("aggregated", text=True)
 DECODE = find("decode", text=True)
@@ -111,11 +111,11 @@ def test_a_decode_in_text_mode_goes_to_its_prefill() -> None:
 
 
 def test_chunks_are_openai_s() -> None:
-    chunk = TEXT.to_dynamo(Output("r", 0, [7], None, None, "he"), 1, plain())
+    chunk = said(TEXT, Output("r", 0, [7], None, None, "he"), 1, plain())
     assert (chunk["id"], chunk["model"], chunk["object"]) == ("ctx", "m", "chat.completion.chunk")
     assert chunk["choices"] == [{"index": 1, "delta": {"role": "assistant", "content": "he"}, "finish_reason": None}]
     assert "nvext" not in chunk
-    last = TEXT.to_dynamo(Output("r", 1, [], {"type": "length"}, {"routed_experts": "b64"}), 0, plain())
+    last = said(TEXT, Output("r", 1, [], {"type": "length"}, {"routed_experts": "b64"}), 0, plain())
     assert last["choices"][0]["delta"]["content"] == "" and last["choices"][0]["finish_reason"] == "length"
     assert last["nvext"] == {"routed_experts": "b64"}
 
@@ -132,17 +132,22 @@ def test_chunks_are_openai_s() -> None:
     ],
 )
 def test_the_stop_reason_is_shown_to_who_asks_for_it(fields: dict[str, Any], shown: bool) -> None:
-    chunk = TEXT.to_dynamo(Output("r", 0, [], {"type": "stop", "matched": "END"}), 0, plain(**fields))
+    chunk = said(TEXT, Output("r", 0, [], {"type": "stop", "matched": "END"}), 0, plain(**fields))
     assert ("nvext" in chunk) is shown and chunk.get("nvext", {"stop_reason": "END"}) == {"stop_reason": "END"}
 
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
-    [({"stop": [7]}, 7), ({"stop_token_ids": [7]}, 7), ({"stop": ["a"], "stop_token_ids": [7]}, 7), ({"stop_token_ids": [8]}, None)],
+    [
+        ({"stop": [7]}, 7),
+        ({"stop_token_ids": [7]}, 7),
+        ({"stop": ["a"], "stop_token_ids": [7]}, 7),
+        ({"stop_token_ids": [8]}, None),
+    ],
 )
 def test_stop_ids_of_an_openai_request_count_as_the_client_s(fields: dict[str, Any], reason: Any) -> None:
     asked = plain(nvext={"extra_fields": ["stop_reason"]}, **fields)
-    chunk = TEXT.to_dynamo(Output("r", 0, [], {"type": "stop", "matched": 7}), 0, asked)
+    chunk = said(TEXT, Output("r", 0, [], {"type": "stop", "matched": 7}), 0, asked)
     assert chunk.get("nvext", {}).get("stop_reason") == reason
 
 

@@ -10,7 +10,7 @@ from shared.errors import Code, NodeError, RequestError
 from shared.frames import Output
 from shared.roles import PLANNED, ROLES, find
 from shared.roles.role import Asked
-from tests.unit.role_bench import FACTS, asked, only
+from tests.unit.role_bench import FACTS, asked, only, said
 
 ROLE = find("aggregated")
 DIFFUSION = find("diffusion_lm")
@@ -184,7 +184,7 @@ def test_log_probabilities_are_asked_for() -> None:
 
 
 def test_uploads_name_a_place_for_each_sample_and_only_where_they_are_allowed() -> None:
-    wish = {"nvext": {"metadata_upload": {"url": "s3://bucket/x"}}}
+    wish: dict[str, Any] = {"nvext": {"metadata_upload": {"url": "s3://bucket/x"}}}
     allowed = msgspec.structs.replace(FACTS, uploads=True)
     made = ROLE.to_engine(asked(allowed, sampling_options={"n": 2}, **wish))
     assert [p["upload"] for p in made] == [{"url": "s3://bucket/x", "index": 0}, {"url": "s3://bucket/x", "index": 1}]
@@ -197,7 +197,11 @@ def test_uploads_name_a_place_for_each_sample_and_only_where_they_are_allowed() 
 
 def test_a_diffusion_model_gets_prompt_and_sampling_alone() -> None:
     found = asked(
-        trace={"a": "b"}, routing={"priority": 3}, cache_salt="s", output_options={"logprobs": 1}, sampling_options={"n": 2, "seed": 1}
+        trace={"a": "b"},
+        routing={"priority": 3},
+        cache_salt="s",
+        output_options={"logprobs": 1},
+        sampling_options={"n": 2, "seed": 1},
     )
     made = DIFFUSION.to_engine(found)
     assert [set(p) for p in made] == [{"input_ids", "sampling_params", "external_trace_header"}] * 2
@@ -225,21 +229,21 @@ USAGE = {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 0}
 
 def test_chunks() -> None:
     first = Output("r", 0, [7], None, {"prompt_tokens": 2, "completion_tokens": 1, "cached_tokens": 1})
-    chunk = ROLE.to_dynamo(first, 0, asked())
+    chunk = said(ROLE, first, 0, asked())
     assert chunk["token_ids"] == [7] and "finish_reason" not in chunk and "engine_data" not in chunk
     assert chunk["completion_usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
-    assert ROLE.to_dynamo(Output("r", 1, [8]), 2, asked()) == {"index": 2, "token_ids": [8]}
+    assert said(ROLE, Output("r", 1, [8]), 2, asked()) == {"index": 2, "token_ids": [8]}
     last = Output("r", 2, [], {"type": "stop", "matched": 9}, dict(USAGE))
-    chunk = ROLE.to_dynamo(last, 0, asked(stop_conditions={"stop_token_ids": [9]}))
+    chunk = said(ROLE, last, 0, asked(stop_conditions={"stop_token_ids": [9]}))
     assert (chunk["finish_reason"], chunk["stop_reason"]) == ("stop", 9)
     assert chunk["engine_data"]["kv_cache_hit"] == {"prompt_tokens": 2, "reused_tokens": 0}
-    assert "stop_reason" not in ROLE.to_dynamo(last, 0, asked()), "an id that the client didn't ask for is not shown"
+    assert "stop_reason" not in said(ROLE, last, 0, asked()), "an id that the client didn't ask for is not shown"
 
 
 def test_several_samples_measure_no_cache() -> None:
     found = asked(sampling_options={"n": 2})
     ROLE.to_engine(found)
-    assert "engine_data" not in ROLE.to_dynamo(Output("r", 0, [7], {"type": "length"}, dict(USAGE)), 1, found)
+    assert "engine_data" not in said(ROLE, Output("r", 0, [7], {"type": "length"}, dict(USAGE)), 1, found)
 
 
 @pytest.mark.parametrize(
@@ -254,11 +258,11 @@ def test_several_samples_measure_no_cache() -> None:
     ],
 )
 def test_the_stop_that_matched_is_shown_when_the_client_named_it(finish: Any, stop: Any, reason: Any) -> None:
-    assert ROLE.to_dynamo(Output("r", 0, [7], finish), 0, asked(stop_conditions=stop)).get("stop_reason") == reason
+    assert said(ROLE, Output("r", 0, [7], finish), 0, asked(stop_conditions=stop)).get("stop_reason") == reason
 
 
 def test_an_abort_is_a_cancellation() -> None:
-    assert ROLE.to_dynamo(Output("r", 0, [], {"type": "abort"}), 0, asked())["finish_reason"] == "cancelled"
+    assert said(ROLE, Output("r", 0, [], {"type": "abort"}), 0, asked())["finish_reason"] == "cancelled"
 
 
 def test_log_probabilities_of_answer_and_prompt() -> None:
@@ -267,15 +271,15 @@ def test_log_probabilities_of_answer_and_prompt() -> None:
         "output_top_logprobs": [[[-0.5, 7, None], [-1.5, 8, None]]],
         "input_token_logprobs": [[None, 5, None], [-2.0, 6, None]],
     }
-    chunk = ROLE.to_dynamo(Output("r", 0, [7], {"type": "stop"}, {**USAGE, **meta}), 0, asked())
+    chunk = said(ROLE, Output("r", 0, [7], {"type": "stop"}, {**USAGE, **meta}), 0, asked())
     assert chunk["log_probs"] == [-0.5] and [entry["token_id"] for entry in chunk["top_logprobs"][0]] == [7, 8]
     assert chunk["engine_data"]["prompt_logprobs"] == [None, {"6": {"logprob": -2.0}}]
-    middle = ROLE.to_dynamo(Output("r", 0, [7], None, meta), 0, asked())
+    middle = said(ROLE, Output("r", 0, [7], None, meta), 0, asked())
     assert middle["log_probs"] == [-0.5] and "engine_data" not in middle and "completion_usage" not in middle
 
 
 def test_routed_experts_go_along() -> None:
-    assert ROLE.to_dynamo(Output("r", 0, [7], None, {"routed_experts": "b64"}), 0, asked())["engine_data"] == {
+    assert said(ROLE, Output("r", 0, [7], None, {"routed_experts": "b64"}), 0, asked())["engine_data"] == {
         "routed_experts": "b64"
     }
 

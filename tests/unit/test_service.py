@@ -47,12 +47,15 @@ class ScriptedBackend:
     """Records what it is asked; the test speaks for it."""
 
     facts = FACTS
+    info: dict[str, str] = {}  # noqa: RUF012 - nothing changes it
 
     def __init__(self) -> None:
         self.submitted: dict[str, dict[str, Any]] = {}
         self.aborted: list[str] = []
 
     def start(self, sink: Any, stop: Callable[[], None]) -> None: ...
+
+    async def warm(self) -> None: ...
 
     def submit(self, rid: str, payload: dict[str, Any]) -> None:
         self.submitted[rid] = payload

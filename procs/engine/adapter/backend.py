@@ -123,6 +123,11 @@ class SglangBackend:
         task.add_done_callback(lambda _: self._tasks.pop(rid, None))
 
     def abort(self, rid: str) -> None:
+        """In the loop's next turn: a task that was cancelled before it has begun would end without a word."""
+        if rid in self._tasks:
+            asyncio.get_running_loop().call_soon(self._abort, rid)
+
+    def _abort(self, rid: str) -> None:
         """SGLang's abort reaches only a request that its scheduler has; one before that is cancelled here.
 
         So is a batch (its requests have ids of their own) and a session's request, whose id the client chose: SGLang 0.5.23

@@ -124,7 +124,8 @@ BAD_COMPLETIONS = [
     completion("bad/id a truth", [True]),
     *both(completion("bad/too long", [5] * 4096, max_tokens=8)),
     completion("bad/far too long", [5] * 20_000, max_tokens=8),
-    completion("bad/one in a list too long", [[5] * 3, [5] * 5000], max_tokens=8),
+    # The frontend ends the good one a millisecond after it began: often, so that an end that is lost would show at the stop.
+    *(completion(f"bad/one in a list too long, time {time}", [[5] * 3, [5] * 5000], max_tokens=8) for time in range(1, 13)),
     completion("bad/unknown model", model="nobody"),
     completion("bad/n with best_of", n=3, best_of=2),
     completion("bad/prompt_embeds", prompt_embeds="AAAA"),
