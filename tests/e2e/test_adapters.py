@@ -1,4 +1,4 @@
-"""LoRA adapters of a real node: loaded and unloaded by HTTP and by Dynamo's endpoint, equal to the engine called directly, kept."""
+"""LoRA adapters of a real node: loaded and unloaded by HTTP and by Dynamo, equal to the engine called directly, kept."""
 
 import json
 import signal
@@ -188,9 +188,7 @@ def test_unloaded_it_is_gone_everywhere(node: Node, lora_model: Path, reference:
     assert answers(node, MODEL) == reference[MODEL]
 
 
-def test_dynamos_own_endpoints_load_and_unload_too(
-    node: Node, lora_model: Path, reference: dict[str, list[list[int]]]
-) -> None:
+def test_dynamos_own_endpoints_load_and_unload_too(node: Node, lora_model: Path, reference: dict[str, list[list[int]]]) -> None:
     request = {"lora_name": ADAPTER, "source": {"uri": f"file://{lora_model / 'adapter'}"}}
     said = ask(store(node), "dynamo.backend.load_lora", request)
     assert len(said) == 1 and said[0]["message"] == f"LoRA adapter '{ADAPTER}' loaded successfully", said

@@ -123,7 +123,9 @@ def test_a_template_of_ones_own_is_refused_together_with_the_flag(model: Path, t
     template.write_text("{{ messages[0]['content'] }}")
     refused = Node(str(model), *CPU, FLAG, "--custom-jinja-template", str(template))
     try:
-        done = subprocess.run(refused.command(), env=refused.environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            refused.command(), env=refused.environment, capture_output=True, text=True, timeout=120, check=False
+        )
     finally:
         refused.close()
     assert done.returncode != 0
