@@ -85,8 +85,9 @@ def answers(node: Node, model: str) -> list[list[int]]:
     """The tokens of greedy completions, by their ids."""
     found = []
     for ids in PROMPTS:
-        body = {"model": model, "prompt": ids, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": 0}
-        answer = requests.post(f"{node.url}/v1/completions", json={**body, "return_tokens_as_token_ids": True}, timeout=60)
+        body: dict[str, Any] = {"model": model, "prompt": ids, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+        body |= {"logprobs": 0, "return_tokens_as_token_ids": True}
+        answer = requests.post(f"{node.url}/v1/completions", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
         tokens = answer.json()["choices"][0]["logprobs"]["tokens"]
         found.append([int(token.removeprefix("token_id:")) for token in tokens])
@@ -182,7 +183,7 @@ def test_unloaded_it_is_gone_everywhere(node: Node, lora_model: Path, reference:
         },
     )
     listed(node, there=False)
-    body = {"model": ADAPTER, "prompt": [20, 30], "max_tokens": 2}
+    body: dict[str, Any] = {"model": ADAPTER, "prompt": [20, 30], "max_tokens": 2}
     assert requests.post(f"{node.url}/v1/completions", json=body, timeout=30).status_code == 404
     assert loras(node, "GET").json()["count"] == 0
     assert answers(node, MODEL) == reference[MODEL]
@@ -202,10 +203,12 @@ def test_dynamos_own_endpoints_load_and_unload_too(node: Node, lora_model: Path,
 def test_an_adapter_with_the_models_own_name_is_undone(
     node: Node, lora_model: Path, reference: dict[str, list[list[int]]]
 ) -> None:
-    request = {"lora_name": MODEL, "source": {"uri": f"file://{lora_model / 'adapter'}"}}
-    said = ask(store(node), "dynamo.backend.load_lora", request)
-    assert said[0]["status"] == "error" and said[0]["lora_name"] == MODEL
-    assert said[0]["message"].startswith(f"Failed to register LoRA '{MODEL}' in discovery registry:"), said
+    request: dict[str, Any] = {"lora_name": MODEL, "source": {"uri": f"file://{lora_model / 'adapter'}"}}
+    answer = loras(node, "POST", **request)
+    said = answer.json()
+    assert answer.status_code == 500 and (said["status"], said["lora_name"]) == ("error", MODEL), said
+    assert said["message"].startswith(f"Failed to register LoRA '{MODEL}' in discovery registry:"), said
+    assert ask(store(node), "dynamo.backend.load_lora", request) == [said]
     assert loras(node, "GET").json()["loras"] == {}
     assert answers(node, MODEL) == reference[MODEL]
 

@@ -78,7 +78,7 @@ def left(node: Node, state: str) -> None:
 
 
 def complete(node: Node, tokens: int) -> requests.Response:
-    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    body: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     return requests.post(f"{node.url}/v1/completions", json=body, timeout=60)
 
 

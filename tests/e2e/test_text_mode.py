@@ -1,4 +1,4 @@
-"""Text mode (--use-sglang-tokenizer) of a real node: chat answers equal to the engine called directly, stops, samples, refusals."""
+"""Text mode of a real node (--use-sglang-tokenizer): chat answers equal the engine called directly, stops, samples, refusals."""
 
 import subprocess
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def client(node: Node) -> openai.OpenAI:
 
 
 def chat(client: openai.OpenAI, messages: Messages, **more: Any) -> Any:
-    return client.chat.completions.create(model=MODEL, messages=messages, **{"temperature": 0, **more})  # type: ignore[call-overload]
+    return client.chat.completions.create(model=MODEL, messages=messages, **{"temperature": 0, **more})
 
 
 def fixed(client: openai.OpenAI, messages: Messages, **more: Any) -> Any:
@@ -99,11 +99,12 @@ def test_two_samples_with_a_seed_are_two_answers(client: openai.OpenAI) -> None:
 
 def test_a_bad_request_is_a_400_and_the_next_one_is_served(node: Node, client: openai.OpenAI) -> None:
     before = node.pid("engine")
-    for body, named in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, "4096"),
         ({"messages": CHATS[0], "top_p": 7.0}, "Top_p"),
         ({"messages": CHATS[0], "n": 0}, "n"),
-    ):
+    ]
+    for body, named in wrong:
         answer = requests.post(f"{node.url}/v1/chat/completions", json={"model": MODEL, "max_tokens": 8, **body}, timeout=30)
         assert answer.status_code == 400 and named in answer.text, answer.text
     assert fixed(client, CHATS[0]).choices[0].finish_reason is not None
@@ -111,7 +112,7 @@ def test_a_bad_request_is_a_400_and_the_next_one_is_served(node: Node, client: o
 
 
 def test_a_request_past_the_frontend_may_have_a_prompt(node: Node) -> None:
-    """Dynamo's health check sends one; an empty one must not cost the engine its life."""
+    """Dynamo's own health check sends one."""
     store = node.runtime_dir / "discovery"
     said = ask(store, "dynamo.backend.generate", {"prompt": "Test", "max_tokens": 4, "temperature": 0})
     assert said[-1]["choices"][0]["finish_reason"] in ("length", "stop")
