@@ -1,6 +1,7 @@
 # make serve   set up .venv, make a demo model unless MODEL is given, run a node in the foreground
 # make test    set up the same way and run the tests
 # make soak    the rounds of faults, repeated; figures are kept in benchmarks/results
+# make parity  1,000 requests to dynamo.sglang and to sgnode, and how the answers differ (about a quarter of an hour)
 # make serve-disagg   a prefill node, a decode node and one frontend on this machine; Ctrl-C drains both in order
 # MODEL=/path ARGS="--tp-size 2" make serve   any model, any flag of `sgnode serve`
 PYTHON ?= python3
@@ -19,7 +20,7 @@ say = @printf '%s\n'
 # Output goes to a log; when a step fails its end is shown.
 quiet = >>$(log) 2>&1 || { tail -n 20 $(log); echo "make setup failed; the whole log: $(log)"; exit 1; }
 
-.PHONY: setup serve serve-disagg test soak lint clean
+.PHONY: setup serve serve-disagg test soak lint parity clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -68,6 +69,9 @@ test: setup
 
 soak: setup
 	SGNODE_SOAK=1 SGNODE_SOAK_RESULTS=$(CURDIR)/benchmarks/results/soak-$$(date +%F).jsonl $(bin)/python -m pytest -m soak --timeout 3600 $(TESTS)
+
+parity: setup
+	$(bin)/python -m tests.parity
 
 clean:
 	rm -rf $(VENV) models

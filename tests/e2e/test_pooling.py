@@ -135,10 +135,10 @@ def test_the_openai_client_works(embedder: Node, vectors: dict[str, list[list[fl
     [
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
-        ({"input": [TEXT, ""]}, "input"),
+        ({"input": [TEXT, ""]}, "input"),  # which SGLang's scheduler would die of
         ({"input": [[5, 6], []]}, "input"),
-        ({"input": [TEXT, 5]}, "input"),
-        ({"input": 5}, "input"),
+        ({"input": [TEXT, 5]}, "EmbeddingInput"),
+        ({"input": 5}, "EmbeddingInput"),
         ({}, "input"),
         ({"input": [5, 99_999]}, "99999"),
         ({"input": TEXT, "dimensions": DIMENSIONS + 1}, "dimensions"),
@@ -149,8 +149,7 @@ def test_the_openai_client_works(embedder: Node, vectors: dict[str, list[list[fl
 )
 def test_a_wrong_embedding_request_is_a_400_that_names_the_field(embedder: Node, body: dict[str, Any], named: str) -> None:
     answer = post(embedder, "embeddings", **body)
-    assert 400 <= answer.status_code < 500, answer.text
-    assert named in answer.text
+    assert answer.status_code == 400 and named in answer.text, answer.text
     assert of(post(embedder, "embeddings", input=IDS)), "the next one is served"
 
 
@@ -229,8 +228,7 @@ def test_documents_can_be_left_out(reranker: Node) -> None:
 )
 def test_a_wrong_rerank_request_is_a_400_that_names_the_field(reranker: Node, body: dict[str, Any], named: str) -> None:
     answer = post(reranker, "rerank", **{"query": QUERY, "documents": DOCUMENTS, **body})
-    assert 400 <= answer.status_code < 500, answer.text
-    assert named in answer.text
+    assert answer.status_code == 400 and named in answer.text, answer.text
     assert rerank(reranker, documents=["a crash"]), "the next one is served"
 
 

@@ -5,6 +5,7 @@ While working on sgnode: once ``--record FILE``, then ``--against FILE``. PARITY
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -41,6 +42,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     wanted = arguments()
+    # Told to end, it ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     chosen = {name: CONFIGURATIONS[name] for name in wanted.only or CONFIGURATIONS}
     sets = {name: [case for case in CORPUS[name] if fnmatchcase(case.name, wanted.case)] for name in chosen}
     if wanted.list:

@@ -129,6 +129,7 @@ BY_INDEX = {"choices", "tool_calls"}
 """Lists whose items are pieces of the item of that index."""
 APPENDED = {
     "tokens", "token_logprobs", "top_logprobs", "text_offset", "content", "refusal", "output_ids",
+    "completion_token_ids",
     *(f"output_{what}" for what in ("token_logprobs", "top_logprobs", "token_ids_logprobs")),
 }  # fmt: skip
 """Lists that a stream sends in pieces."""
