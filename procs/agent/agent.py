@@ -223,7 +223,7 @@ class Agent:
                     self._store_trouble = trouble
                 if self._registered:
                     await self._follow_engine()
-                    info = {**self._heart.beat.info, "adapters": ",".join(self._identity.adapters)}
+                    info = {**self._heart.beat.info, "adapters": "\n".join(self._identity.adapters)}
                     detail = f"worker {self._identity.worker_id}{trouble and f'; {trouble}'}"
                     self._heart.set(State.READY, detail, info=info)
                 else:

@@ -58,6 +58,9 @@ class Peers:
                 except TimeoutError:
                     logging.warning("prefill at %s:%d does not answer a connection", *address)
                     return
+                except ValueError as error:  # a host that is no name at all
+                    logging.warning("prefill at %s:%d: %s", *address, error)
+                    return
                 except OSError as error:
                     self._dead(address, error.strerror or str(error))
                     return

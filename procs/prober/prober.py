@@ -116,7 +116,7 @@ class Prober:
     def _adapters(self) -> set[str]:
         """LoRA adapters that some agent has in discovery."""
         beats = [self.board.beat(name) for name in self._config.agent_names]
-        return {name for beat in beats if beat is not None for name in beat.info.get("adapters", "").split(",") if name}
+        return {name for beat in beats if beat is not None for name in beat.info.get("adapters", "").split("\n") if name}
 
     def _registered(self, name: str) -> bool:
         beat = self.board.beat(name)

@@ -4,6 +4,7 @@ What the incumbent does to discovery after a route is here a change of ``Serving
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -63,7 +64,13 @@ class Routes(BaseWorkerHandler):  # type: ignore[misc]
         if path in ALONGSIDE:
             return await route(body)
         check_body(path, body)
-        async with self._weights if path.startswith(PREFIX) else self._one:
+        if path == RESUME and isinstance(body, dict) and not body.get("tags") and self._memory.released:
+            body = {**body, "tags": sorted(self._memory.released)}  # SGLang would take "all" to the letter
+        async with contextlib.AsyncExitStack() as locks:
+            if not path.startswith(PREFIX):
+                await locks.enter_async_context(self._one)
+            if path.startswith(PREFIX) or path in (RELEASE, RESUME):
+                await locks.enter_async_context(self._weights)
             if path in (RELEASE, RESUME) and (answer := self._memory.begin(path, body, running=self._running())) is not None:
                 return answer
             # SGLang's answers come through a loop that the first request would start.
@@ -130,9 +137,14 @@ class Routes(BaseWorkerHandler):  # type: ignore[misc]
 
     def _keep(self, body: Any) -> None:
         """Write down which adapters there are: an engine that died must not forget them."""
-        if isinstance(body, dict) and isinstance(body.get("source"), dict) and isinstance(body.get("lora_name"), str):
-            self._sources.setdefault(body["lora_name"], str(body["source"].get("uri")))
-        self._sources = {name: uri for name, uri in self._sources.items() if name in self.lora_id_for_name}
+        if isinstance(body, dict) and isinstance(name := body.get("lora_name"), str):
+            if name not in self.lora_id_for_name:
+                self._sources.pop(name, None)
+            elif isinstance(source := body.get("source"), dict):
+                self._sources.setdefault(name, str(source.get("uri")))
+        self._write()
+
+    def _write(self) -> None:
         temporary = self._file.with_suffix(".json.tmp")
         temporary.write_text(json.dumps(self._sources))
         temporary.replace(self._file)
@@ -141,7 +153,9 @@ class Routes(BaseWorkerHandler):  # type: ignore[misc]
         """Load the adapters that an earlier incarnation had; one that fails is left out, and said."""
         if not self._file.exists():
             return
-        for name, uri in json.loads(self._file.read_text()).items():
+        before = json.loads(self._file.read_text())
+        self._sources.update(before)  # an engine that dies while it loads them has the rest still to do
+        for name, uri in before.items():
             answer = await self.adapter("load_lora", {"lora_name": name, "source": {"uri": uri}})
             if answer.get("status") != "success":
                 logging.error("adapter %s is not there any more: %s", name, answer.get("message"))
