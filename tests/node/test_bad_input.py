@@ -84,7 +84,7 @@ def test_unreadable_yaml(tmp_path: Path, model: Path, text: str) -> None:
 
 
 def test_unsupported_worker_type(tmp_path: Path, model: Path) -> None:
-    refused(tmp_path, str(model), "--embedding-worker", "--http-port", "0", "--system-port", "0", names="embedding")
+    refused(tmp_path, str(model), "--image-diffusion-worker", names="image")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make another user's directory")
