@@ -2,40 +2,27 @@
 
 import time
 from dataclasses import replace
-from typing import Annotated, Any
-
-import msgspec
-from msgspec import Meta
+from typing import Any
 
 from shared.errors import Code, RequestError
 from shared.frames import EngineFacts, Output
 from shared.roles import decode, tokens
-from shared.roles.request import MAX_SAMPLES, Bootstrap, Count, Routing, SamplingOptions, TokenRequest, typed
+from shared.roles.request import Bootstrap, Count, Routing, SamplingOptions, TokenRequest, typed
 from shared.roles.role import Asked, Chunk, Payload, Request, Role
 
 RENDERED = ("messages", "prompt", "text", "chat_template_kwargs", "chat_template_args")
 """Fields that the engine's tokenizer makes the prompt of."""
 
 
-class ChatRequest(msgspec.Struct):
+class ChatRequest(SamplingOptions):
     """What is read of OpenAI's request, as the frontend passes it on."""
 
     model: str | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     min_tokens: Count | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
     stop: str | list[str | int] | None = None
     stop_token_ids: list[int] | None = None
-    guided_decoding: dict[str, Any] | None = None
     routing: Routing | None = None
     bootstrap_info: Bootstrap | None = None
     nvext: dict[str, Any] | None = None
