@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from procs.cli.status import GONE, document_of
 from shared.errors import NodeError
@@ -40,6 +41,20 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float = 30.0, eve
         if time.monotonic() > end:
             raise Deadline(f"not within {seconds} s: {what}")
         time.sleep(every)
+
+
+def model_cards(store: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Model cards of a file store, each with its key's last part. Dynamo rewrites a card in place: half-written, read again."""
+
+    def read() -> list[list[tuple[str, dict[str, Any]]]]:
+        files = [path for path in (store / "v1" / "mdc").rglob("*") if path.is_file()]
+        try:
+            return [[(unquote(path.name), json.loads(path.read_text())) for path in files]]
+        except (ValueError, FileNotFoundError):
+            return []
+
+    found: list[tuple[str, dict[str, Any]]] = wait_for(f"whole model cards in {store}", read, 5)[0]
+    return found
 
 
 def marked_pids(runtime_dir: Path) -> list[int]:

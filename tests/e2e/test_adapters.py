@@ -1,12 +1,10 @@
 """LoRA adapters of a real node: loaded and unloaded by HTTP and by Dynamo, equal to the engine called directly, kept."""
 
-import json
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 import requests
@@ -14,7 +12,7 @@ import requests
 from tests.e2e.conftest import MODEL
 from tests.e2e.direct import Call, direct
 from tests.e2e.endpoint import ask
-from tests.harness import CPU, ONE_THREAD, SGNODE, Node, send, wait_for
+from tests.harness import CPU, ONE_THREAD, SGNODE, Node, model_cards, send, wait_for
 
 ADAPTER = "tuned"
 AGENTS = 2
@@ -70,9 +68,7 @@ def models(node: Node) -> set[str]:
 
 def cards(node: Node, name: str = ADAPTER) -> list[dict[str, Any]]:
     """The adapter's model cards in the node's file store, one of each agent."""
-    root = node.runtime_dir / "discovery" / "v1" / "mdc"
-    files = [path for path in root.rglob("*") if path.is_file() and unquote(path.name).endswith(f"/{name}")]
-    return [json.loads(path.read_text()) for path in files]
+    return [card for key, card in model_cards(node.runtime_dir / "discovery") if key.endswith(f"/{name}")]
 
 
 def listed(node: Node, name: str = ADAPTER, *, there: bool = True) -> None:

@@ -1,6 +1,5 @@
 """Engine controls of a real node: pause, sleep, weights, profile, taints; bodies as dynamo.sglang 1.6.1's, discovery follows."""
 
-import json
 import shutil
 import signal
 import threading
@@ -13,7 +12,7 @@ import pytest
 import requests
 
 from tests.e2e.conftest import MODEL
-from tests.harness import CPU, ONE_THREAD, Node, instances, send, wait_for
+from tests.harness import CPU, ONE_THREAD, Node, instances, model_cards, send, wait_for
 from tests.streams import Result, Streams
 
 TOKENS = 800
@@ -89,8 +88,7 @@ def text(node: Node) -> str:
 
 
 def cards(node: Node) -> list[dict[str, Any]]:
-    root = node.runtime_dir / "discovery" / "v1" / "mdc"
-    return [json.loads(path.read_text()) for path in root.rglob("*") if path.is_file()]
+    return [card for _, card in model_cards(node.runtime_dir / "discovery")]
 
 
 def flowing(streams: Streams, node: Node, tokens: int = TOKENS) -> Result:

@@ -19,7 +19,7 @@ from procs.cli.serve import CPU_DEFAULTS, engine_environment
 from tests import aborts
 from tests.e2e.conftest import MODEL
 from tests.frontend import Frontend
-from tests.harness import CPU, ONE_THREAD, Node, instances, send, wait_for
+from tests.harness import CPU, ONE_THREAD, Node, instances, model_cards, send, wait_for
 from tests.streams import Streams
 
 NEW_TOKENS = 16
@@ -119,8 +119,7 @@ def test_several_samples_are_refused(pair: Pair) -> None:
 
 def test_each_role_says_so(pair: Pair) -> None:
     assert (pair.prefill.status()["role"], pair.decode.status()["role"]) == ("prefill", "decode")
-    cards = [json.loads(path.read_text()) for path in (pair.store / "v1" / "mdc").rglob("*") if path.is_file()]
-    text = json.dumps(cards)
+    text = json.dumps(model_cards(pair.store))
     assert '"bootstrap_host": "127.0.0.1"' in text, text[:2000]
 
 
