@@ -136,6 +136,7 @@ class Agent:
             "registered": float(self._registered),
             "drain_left_seconds": 0.0 if self._drain is None else self._drain.left(time.monotonic()),
             "dropped_frames": self._client.dropped + self._decoder.dropped,
+            **self._handler.latency.numbers(),
         }
 
     # --- hearing -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from procs.agent.failures import abort_exception, exception
+from procs.agent.latency import Latency
 from procs.agent.peers import Peers
 from shared.engine_client import EngineClient, Stream, interleaved
 from shared.errors import Code, RequestError
@@ -23,6 +24,7 @@ class Handler:
         self._streams: set[Stream] = set()
         self._handover = role.worker_type in ("Prefill", "Decode")
         self.peers = Peers()
+        self.latency = Latency()
         self.running = 0
         self.total = 0
         self.first_token_source: Any | None = None
@@ -35,6 +37,7 @@ class Handler:
         """Dynamo 1.6.1 calls this for each request; the second parameter must be called ``context``."""
         self.running += 1
         self.total += 1
+        timing = self.latency.request()
         streams: list[Stream] = []
         started = False
         killed: asyncio.Future[Any] | None = None
@@ -51,6 +54,7 @@ class Handler:
                 if output.finish is not None and output.finish.get("type") == "abort" and not _is_verdict(output, asked):
                     raise abort_exception(output.finish, started=started, handover=self._handover)
                 chunk = self._role.to_dynamo(output, index, asked)
+                timing.chunk(index, len(output.token_ids))
                 if not started:
                     started = True
                     context.notify_first_token()

@@ -221,6 +221,8 @@ class Identity:
             self._handler.on_chunk = PoolingMetrics(registry).observe
         if not self._role.generates:
             return
+        self._handler.latency.model = facts.served_model_name
+        registry.register(self._handler.latency)
         register_engine_metrics_callback(endpoint=self._generate, registry=registry)
         self._gauges = LLMBackendMetrics(registry=registry, model_name=facts.served_model_name, component_name=dynamo.component)
         await self._load.create_endpoint(self._generate)

@@ -54,6 +54,13 @@ def render(config: NodeConfig, board: Board, use: dict[int, KvUse]) -> str:
 HELP = {
     "inflight": "Requests running",
     "streams_total": "Requests taken in this process's life",
+    "ttft_p50_seconds": "Median time to the first token of the last 15 s",
+    "ttft_p99_seconds": "99th percentile of the time to the first token of the last 15 s",
+    "ttft_samples": "Requests that sgnode_ttft_p50_seconds is made of",
+    "itl_p50_seconds": "Median time from token to token of the last 15 s",
+    "itl_p99_seconds": "99th percentile of the time from token to token of the last 15 s",
+    "itl_samples": "Tokens that sgnode_itl_p50_seconds is made of",
+    "load_seconds": "What the engine took to load",
     "registered": "1 while this agent is in discovery",
     "steps": "Step frames sent by the engine",
     "tokens": "Tokens handed to peers by the engine",
