@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from procs.keeper import gpu, tree
+from procs.keeper import tree
+from shared import gpus
 
 HOLDER = """
 import ctypes, signal, sys
@@ -29,7 +30,7 @@ signal.pause()
 """
 
 
-def one_round(memory: gpu.Memory, gib: int) -> str:
+def one_round(memory: gpus.Gpus, gib: int) -> str:
     """Times in ms after SIGKILL."""
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(gib)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -57,8 +58,9 @@ def one_round(memory: gpu.Memory, gib: int) -> str:
 
 def main() -> None:
     gib, rounds = (int(text) for text in [*sys.argv[1:], "60", "5"][:2]) if len(sys.argv) < 3 else map(int, sys.argv[1:3])
-    memory = gpu.find()
-    print(type(memory).__name__, flush=True)
+    memory = gpus.find()
+    if memory is None:
+        raise SystemExit("no GPU")
     for _ in range(rounds):
         print(one_round(memory, gib), flush=True)
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import zmq
 
-from procs.keeper import child, gpu, leftovers, life, stopped, tree
+from procs.keeper import child, leftovers, life, stopped, tree
 from procs.keeper.cgroup import Cgroup
 from procs.keeper.life import Life
+from shared import gpus
 from shared.config import NodeConfig
 from shared.frames import Beat, Death, EngineState
+from shared.gpus import Gpus
 from shared.heart import Heart
 from shared.prctl import become_subreaper
 from shared.sockets import Decoder, LoopSocket, subscriber
@@ -137,7 +139,7 @@ class Keeper:
         decoder: Decoder[EngineState] = Decoder(EngineState, "engine")
         states = LoopSocket(subscriber(context, self._config.path, ["engine"]), self._hear(decoder))
         watching = [loop.create_task(self._scan()), loop.create_task(self._look())]
-        finding = loop.create_task(asyncio.to_thread(gpu.find))
+        finding = loop.create_task(asyncio.to_thread(gpus.find))
         try:
             await self._either(self._engine_gone, self._stop_asked)
             if not self._engine_gone.is_set():
@@ -299,7 +301,7 @@ class Keeper:
             self._statuses[pid] = status
         self._child_event.set()
 
-    async def _clear(self, memory: gpu.Memory) -> None:
+    async def _clear(self, memory: Gpus | None) -> None:
         """Kill and reap until nothing is left. No deadline: an exit before that would start an engine beside this one."""
         began = time.monotonic()
         self._reap()
@@ -316,12 +318,12 @@ class Keeper:
             self._heart.set(State.STOPPED, "")
         logging.info("engine %d: nothing of it is left", self._incarnation)
 
-    def _left(self, memory: gpu.Memory) -> str:
+    def _left(self, memory: Gpus | None) -> str:
         """What an engine that was killed still holds, in words; empty when nothing."""
         if not self._childless:
             alive = [f"{pid} ({tree.title(pid)}, state {tree.state(pid)})" for pid in tree.descendants(os.getpid())]
             return f"killed, but not gone: pid {', '.join(alive)}" if alive else "killed processes are being reaped"
-        held = memory.held(self._seen)
+        held = memory.held(self._seen) if memory is not None else []
         return f"GPU memory of dead processes is not given back: {'; '.join(held)}" if held else ""
 
     def _exit_code(self) -> int:
