@@ -18,6 +18,7 @@ class ChatRequest(SamplingOptions):
     """What is read of OpenAI's request, as the frontend passes it on."""
 
     model: str | None = None
+    messages: list[dict[str, Any]] | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     min_tokens: Count | None = None

@@ -5,15 +5,14 @@
 
 import asyncio
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from procs.cli.serve import CPU_DEFAULTS, engine_environment
+from tests import marked
 from tests.harness import ONE_THREAD
 
-MARK = "DIRECT "
 Call = tuple[str, dict[str, Any]]
 """One of ``_call``'s names with its arguments."""
 
@@ -21,19 +20,9 @@ Call = tuple[str, dict[str, Any]]
 def direct(model: Path, flags: list[str], calls: list[Call], temporary: Path, seconds: float = 240.0) -> list[Any]:
     """The answers of an engine that is started for these calls and ended afterwards."""
     defaults = [part for flag, values in CPU_DEFAULTS.items() for part in (flag, *values)]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.e2e.direct", "--model-path", str(model), *defaults, *flags]
-    done = subprocess.run(
-        command,
-        input=json.dumps(calls),
-        env={**engine_environment(), **ONE_THREAD, "TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    assert lines, done.stderr[-3000:]
-    answers: list[Any] = json.loads(lines[0][len(MARK) :])
+    arguments = ["--model-path", str(model), *defaults, *flags]
+    environ = {**engine_environment(), **ONE_THREAD, "TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
+    answers: list[Any] = marked.ask("tests.e2e.direct", arguments, calls, environ, seconds)
     return answers
 
 
@@ -71,7 +60,7 @@ def main() -> None:
     asyncio.set_event_loop(asyncio.new_event_loop())
     engine = sgl.Engine(server_args=parsed.server_args)
     answers = [_call(engine, name, arguments) for name, arguments in calls]
-    print(MARK + json.dumps(answers), flush=True)
+    marked.answer(answers)
     engine.shutdown()
 
 

@@ -6,31 +6,18 @@
 import asyncio
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from tests import marked
 from tests.frontend import LOOPBACK
-
-MARK = "ANSWERS "
 
 
 def ask(store: Path, endpoint: str, request: Any, seconds: float = 120.0) -> list[Any]:
     """Everything that one worker behind the endpoint answers. ``store``: the file discovery."""
     environment = {**os.environ, **LOOPBACK, "DYN_FILE_KV": str(store), "HOME": str(store.parent), "DYN_LOG": "warn"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.endpoint", endpoint],
-        input=json.dumps(request),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    assert lines, done.stderr[-3000:]
-    answers: list[Any] = json.loads(lines[0][len(MARK) :])
+    answers: list[Any] = marked.ask("tests.e2e.endpoint", [endpoint], request, environment, seconds)
     return answers
 
 
@@ -43,7 +30,7 @@ async def main(path: str, request: Any) -> None:
     answers = []
     async for item in await client.generate(request, annotated=False):
         answers.append(item.data() if hasattr(item, "data") else item)
-    print(MARK + json.dumps(answers), flush=True)
+    marked.answer(answers)
     runtime.shutdown()
 
 

@@ -4,8 +4,6 @@ import concurrent.futures
 import http.client
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,16 +13,12 @@ import psutil
 import pytest
 import requests
 
-from procs.cli.serve import CPU_DEFAULTS, engine_environment
 from tests import aborts
-from tests.e2e.conftest import MODEL
+from tests.e2e.conftest import MODEL, NEW_TOKENS, PROMPTS
 from tests.frontend import Frontend
 from tests.harness import CPU, ONE_THREAD, Node, instances, model_cards, send, wait_for
 from tests.streams import Streams
 
-NEW_TOKENS = 16
-PROMPTS = [[20 + i, 30 + i % 7, *range(40, 40 + 3 * i)] for i in range(50)]
-"""Of 2 to 149 tokens: less than a KV block, and several."""
 STREAMS = 8
 DEADLINE_SECONDS = 0.5
 """From a death to the client's error (design: engine death)."""
@@ -94,16 +88,7 @@ def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair
         yield made
 
 
-def test_the_answers_equal_one_engine_called_directly(pair: Pair, model: Path, tmp_path: Path) -> None:
-    flags = [part for flag, values in CPU_DEFAULTS.items() for part in (flag, *values)]
-    argv = ["--model-path", str(model), *flags]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.e2e.reference", json.dumps(PROMPTS), str(NEW_TOKENS), "--", *argv]
-    environment = {**engine_environment(), **ONE_THREAD, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("REFERENCE ")]
-    assert lines, done.stderr[-2000:]
-    reference = json.loads(lines[0][len("REFERENCE ") :])
-    assert len({tuple(ids) for ids in reference}) > 40, "the prompts must tell the answers apart"
+def test_the_answers_equal_one_engine_called_directly(pair: Pair, reference: list[list[int]]) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda prompt: tokens_of(complete(pair.failing.url, prompt, NEW_TOKENS)), PROMPTS))
     assert found == reference

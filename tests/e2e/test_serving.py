@@ -7,22 +7,16 @@ import json
 import re
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import requests
 
-from procs.cli.serve import engine_environment
 from tests import aborts
-from tests.e2e.conftest import MODEL
+from tests.e2e.conftest import MODEL, NEW_TOKENS, PROMPTS
 from tests.harness import Node, wait_for
 from tests.streams import Streams
-
-PROMPTS = [[(seed * 131 + i * 17) % 280 + 10 for i in range(5 + seed % 40)] for seed in range(50)]
-NEW_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +113,7 @@ def greedy(node: Node, ids: list[int]) -> list[int]:
     return [int(token.removeprefix("token_id:")) for token in answer.json()["choices"][0]["logprobs"]["tokens"]]
 
 
-def test_greedy_tokens_equal_the_engine_called_directly(node: Node, tmp_path: Path) -> None:
-    argv = json.loads(node.sgnode("show-config").stdout)["worker_argv"]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.e2e.reference", json.dumps(PROMPTS), str(NEW_TOKENS), "--", *argv]
-    environment = {**engine_environment(), "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("REFERENCE ")]
-    assert lines, done.stderr[-2000:]
-    reference = json.loads(lines[0][len("REFERENCE ") :])
-    assert all(len(ids) == NEW_TOKENS for ids in reference)
-    assert len({tuple(ids) for ids in reference}) > 40, "the prompts must tell the answers apart"
+def test_greedy_tokens_equal_the_engine_called_directly(node: Node, reference: list[list[int]]) -> None:
     assert [greedy(node, ids) for ids in PROMPTS] == reference
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         assert list(pool.map(lambda ids: greedy(node, ids), PROMPTS)) == reference

@@ -9,37 +9,15 @@ import openai
 import pytest
 import requests
 
-from tests.e2e.conftest import MODEL
-from tests.e2e.direct import Call, direct
+from tests.e2e.conftest import CHAT_ENDS, CHAT_TOKENS, CHATS, MODEL, Messages
 from tests.e2e.endpoint import ask
 from tests.harness import CPU, ONE_THREAD, Node
 
 FLAG = "--use-sglang-tokenizer"
-NEW_TOKENS = 32
-ENDS = 400
-"""Tokens in which some greedy answers end by themselves."""
-Messages = list[dict[str, str]]
-CHATS: list[Messages] = [
-    [{"role": "user", "content": "The quick brown fox"}],
-    [{"role": "user", "content": "A node serves requests; ünïcode: 日本語 🦊"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One token after another"}],
-    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c " * 40}],
-]
 
 
 @pytest.fixture(scope="module")
-def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the engine makes of CHATS after ``apply_chat_template``, with NEW_TOKENS and then until it ends."""
-    fixed = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-    free = {"temperature": 0, "max_new_tokens": ENDS}
-    calls: list[Call] = [("chat", {"messages": chat, "sampling_params": params}) for params in (fixed, free) for chat in CHATS]
-    found = direct(model, [], calls, tmp_path_factory.mktemp("direct"))
-    assert len({answer["text"] for answer in found[: len(CHATS)]}) == len(CHATS), "the chats must be told apart"
-    return found
-
-
-@pytest.fixture(scope="module")
-def node(model: Path, reference: list[dict[str, Any]]) -> Iterator[Node]:
+def node(model: Path, chat_reference: list[dict[str, Any]]) -> Iterator[Node]:
     with Node(str(model), "--served-model-name", MODEL, *CPU, FLAG, env=ONE_THREAD) as node:
         yield node.start().wait_ready(240)
 
@@ -54,44 +32,44 @@ def chat(client: openai.OpenAI, messages: Messages, **more: Any) -> Any:
 
 
 def fixed(client: openai.OpenAI, messages: Messages, **more: Any) -> Any:
-    return chat(client, messages, max_tokens=NEW_TOKENS, extra_body={"ignore_eos": True}, **more)
+    return chat(client, messages, max_tokens=CHAT_TOKENS, extra_body={"ignore_eos": True}, **more)
 
 
 @pytest.mark.parametrize("number", range(len(CHATS)))
-def test_answers_equal_the_engines_own(client: openai.OpenAI, reference: list[dict[str, Any]], number: int) -> None:
-    free = chat(client, CHATS[number], max_tokens=ENDS)
-    expected = reference[len(CHATS) + number]
+def test_answers_equal_the_engines_own(client: openai.OpenAI, chat_reference: list[dict[str, Any]], number: int) -> None:
+    free = chat(client, CHATS[number], max_tokens=CHAT_ENDS)
+    expected = chat_reference[len(CHATS) + number]
     assert free.choices[0].message.content == expected["text"]
-    assert free.choices[0].finish_reason == ("length" if len(expected["ids"]) == ENDS else "stop")
+    assert free.choices[0].finish_reason == ("length" if len(expected["ids"]) == CHAT_ENDS else "stop")
     assert free.choices[0].message.role == "assistant"
 
 
-def test_a_stream_has_the_same_text_piece_by_piece(client: openai.OpenAI, reference: list[dict[str, Any]]) -> None:
+def test_a_stream_has_the_same_text_piece_by_piece(client: openai.OpenAI, chat_reference: list[dict[str, Any]]) -> None:
     for number, messages in enumerate(CHATS):
-        chunks = [chunk for chunk in chat(client, messages, max_tokens=ENDS, stream=True) if chunk.choices]
+        chunks = [chunk for chunk in chat(client, messages, max_tokens=CHAT_ENDS, stream=True) if chunk.choices]
         texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
-        assert "".join(texts) == reference[len(CHATS) + number]["text"]
+        assert "".join(texts) == chat_reference[len(CHATS) + number]["text"]
         assert chunks[-1].choices[0].finish_reason in ("stop", "length")
         assert all(chunk.choices[0].finish_reason is None for chunk in chunks[:-1])
     assert len(texts) > 4, "it comes in pieces, not in one lump"
 
 
-def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, reference: list[dict[str, Any]]) -> None:
-    whole = reference[len(CHATS)]["text"]
+def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, chat_reference: list[dict[str, Any]]) -> None:
+    whole = chat_reference[len(CHATS)]["text"]
     stop = next(c for c in whole[6:] if c.isascii() and c.isprintable() and c not in whole[:6])
     for given in (stop, ["no such word", stop]):
-        stopped = chat(client, CHATS[0], max_tokens=ENDS, stop=given)
+        stopped = chat(client, CHATS[0], max_tokens=CHAT_ENDS, stop=given)
         assert stopped.choices[0].message.content == whole[: whole.index(stop)]
         assert stopped.choices[0].finish_reason == "stop"
 
 
 def test_two_samples_with_a_seed_are_two_answers(client: openai.OpenAI) -> None:
-    made = chat(client, CHATS[0], max_tokens=NEW_TOKENS, n=2, seed=7, temperature=1.0)
+    made = chat(client, CHATS[0], max_tokens=CHAT_TOKENS, n=2, seed=7, temperature=1.0)
     assert sorted(choice.index for choice in made.choices) == [0, 1]
     contents = [choice.message.content for choice in made.choices]
     assert all(contents) and contents[0] != contents[1]
     streamed: dict[int, str] = {}
-    for chunk in chat(client, CHATS[0], max_tokens=NEW_TOKENS, n=2, seed=7, temperature=1.0, stream=True):
+    for chunk in chat(client, CHATS[0], max_tokens=CHAT_TOKENS, n=2, seed=7, temperature=1.0, stream=True):
         for choice in chunk.choices:
             streamed[choice.index] = streamed.get(choice.index, "") + (choice.delta.content or "")
     assert streamed.keys() == {0, 1} and all(streamed.values())

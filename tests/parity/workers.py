@@ -60,7 +60,7 @@ def _incumbent(name: str, arguments: list[str], store: Path) -> Iterator[None]:
         "TMPDIR": str(store.parent),
         "SGNODE_RUNTIME_DIR": str(marker),  # how its processes are found again
     }
-    command = [sys.executable, "-W", "ignore", "-m", "tests.parity.incumbent", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "dynamo.sglang", *arguments]
     command += ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
     log = store.parent / "incumbent.log"
     with log.open("wb") as out:

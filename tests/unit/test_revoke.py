@@ -37,18 +37,19 @@ def store_with(root: Path, *keys: str) -> list[Path]:
     return made
 
 
-def test_only_keys_that_end_in_the_workers_id_go(tmp_path: Path) -> None:
+def test_only_keys_of_the_worker_and_its_adapters_go(tmp_path: Path) -> None:
     head = "dynamo%2Fbackend%2F"
     own = store_with(
         tmp_path, f"instances/{head}generate%2F{WORKER:x}", f"instances/{head}clear%5Fkv%5Fblocks%2F{WORKER:x}",
-        f"mdc/{head}generate%2F{WORKER:x}",
+        f"mdc/{head}generate%2F{WORKER:x}", f"mdc/{head}generate%2F{WORKER:x}%2Fadapter",
     )  # fmt: skip
     others = store_with(
         tmp_path, f"instances/{head}generate%2F2fb950f3054e2659", f"instances/{head}generate%2F1{WORKER:x}",
-        f"instances/{head}{WORKER:x}%2Fgenerate", f"mdc/.tmp_{WORKER:x}", "event_channels/namespace%2Fdynamo%2Fca013fa557bd2",
+        f"mdc/{head}generate%2F2fb950f3054e2659%2Fadapter", f"instances/{head}{WORKER:x}%2Fgenerate",
+        f"mdc/.tmp_{WORKER:x}", "event_channels/namespace%2Fdynamo%2Fca013fa557bd2",
     )  # fmt: skip
-    assert remove_files(tmp_path, WORKER) == 3
-    assert [path.exists() for path in (*own, *others)] == [False] * 3 + [True] * 5
+    assert remove_files(tmp_path, WORKER) == 4
+    assert [path.exists() for path in (*own, *others)] == [False] * 4 + [True] * 6
     assert remove_files(tmp_path, WORKER) == 0
     assert remove_files(tmp_path / "none", WORKER) == 0
 

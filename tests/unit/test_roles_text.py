@@ -94,6 +94,8 @@ def test_routing_salt_trace_and_what_only_the_engine_can_judge() -> None:
         ({"guided_decoding": {"regex": 5}}, "guided_decoding.regex"),
         ({"multi_modal_data": {"image_url": ["u"]}}, "does not accept"),
         ({"messages": [{"content": [{"type": "video_url"}]}]}, "does not accept"),
+        ({"messages": "x"}, "messages"),
+        ({"messages": [5]}, "messages"),
     ],
 )
 def test_a_wrong_chat_request_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
