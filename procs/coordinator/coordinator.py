@@ -19,12 +19,13 @@ import zmq
 from procs.coordinator import crash, document, group
 from procs.coordinator.conditions import Condition, waiting_for
 from procs.coordinator.engine import EngineProgram
+from procs.coordinator.load import Load
 from procs.coordinator.node import ALIVE, Facts, NodeState, is_stuck, node_state
 from procs.coordinator.restart import FollowerPolicy, RestartPolicy
 from procs.coordinator.revoke import Revoker
 from shared import supervisord
-from shared.config import EVENTS_SOCKET, NodeConfig
-from shared.frames import AnyState, Beat, Death, Intent, ProcessChange, Verdict
+from shared.config import EVENTS_SOCKET, LOG_DIR, NodeConfig
+from shared.frames import AnyState, Beat, Death, Intent, KvUse, ProcessChange, Verdict
 from shared.hang import Hangs
 from shared.heart import Heart
 from shared.sockets import Decoder, LoopSocket, subscriber
@@ -55,6 +56,7 @@ class Coordinator:
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
         self._board = Board()
+        self._load = Load(config.path / LOG_DIR, config.model_path, time.monotonic)
         self._policy = RestartPolicy() if config.leads else FollowerPolicy()
         self._program = EngineProgram(self._policy, self._crashed)
         self._crashes = document.Crashes()
@@ -134,6 +136,8 @@ class Coordinator:
 
     def _on_state(self, parts: list[bytes]) -> None:
         frame = self._states.decode(parts[0])
+        if isinstance(frame, Beat | KvUse):
+            self._load.hear(frame)
         if isinstance(frame, Beat):
             old = self._board.heard.get(frame.process)
             was = None if old is None else (old.beat.waiting_for, old.beat.numbers.get("registered"))
@@ -438,7 +442,8 @@ class Coordinator:
         built = document.build(
             self._config, self._board, facts, node, since=self._since, incarnation=self._incarnation, crashes=self._crashes
         )
-        return {**built, "epoch": self._group.epoch, "restarts_begun": self._restarts, **self._group.document()}
+        carried = self._load.document(facts.agents, self._incarnation, up=facts.engine is not None and not facts.death)
+        return {**built, **carried, "epoch": self._group.epoch, "restarts_begun": self._restarts, **self._group.document()}
 
     async def _report(self) -> None:
         facts = self._facts()

@@ -42,6 +42,7 @@ def build(
         "since": since,
         "waiting_for": node.waiting_for,
         "want": facts.want,
+        "drain": facts.drain,
         "registered": facts.registered,
         "epoch": 0,
         "incarnation": incarnation,
@@ -59,6 +60,7 @@ def _row(name: str, board: Board) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "pid": None, "state": "", "detail": "", "waiting_for": ""}
     if beat is not None:
         row |= {"pid": beat.pid, "state": board.state(name), "detail": beat.detail, "waiting_for": beat.waiting_for}
+        row["since"] = beat.since
         if beat.numbers:
             row["numbers"] = beat.numbers
     elif name == "engine":

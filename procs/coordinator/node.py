@@ -52,6 +52,15 @@ class Facts:
         return sum(int(agent.numbers.get("inflight", 0)) for agent in self.agents)
 
     @property
+    def drain(self) -> dict[str, float] | None:
+        """How a drain goes on: streams left, and seconds left of how many. None while no agent drains."""
+        draining = [agent for agent in self.agents if agent.state == State.DRAINING]
+        if not draining:
+            return None
+        left = max(agent.numbers.get("drain_left_seconds", 0.0) for agent in draining)
+        return {"streams": self.streams, "left_s": round(left, 1), "of_s": self.drain_timeout}
+
+    @property
     def registered(self) -> bool:
         return any(agent.numbers.get("registered") for agent in self.agents)
 
@@ -123,14 +132,13 @@ def _streams(facts: Facts) -> str:
 
 def _progress(facts: Facts) -> str:
     """What a drain still has to do, over all agents; empty when there is nothing to say."""
-    draining = [agent for agent in facts.agents if agent.state == State.DRAINING]
-    if not draining:
+    drain = facts.drain
+    if drain is None:
         return ""
     count = facts.streams
     if not count:
-        return draining[0].detail
-    left = max(agent.numbers.get("drain_left_seconds", 0.0) for agent in draining)
-    return f"draining: {count} stream{'s' if count > 1 else ''} left, {left:.0f} s of {facts.drain_timeout:.0f}"
+        return next(agent.detail for agent in facts.agents if agent.state == State.DRAINING)
+    return f"draining: {count} stream{'s' if count > 1 else ''} left, {drain['left_s']:.0f} s of {drain['of_s']:.0f}"
 
 
 def _without_engine(facts: Facts) -> NodeState:

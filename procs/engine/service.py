@@ -102,6 +102,7 @@ class Service:
             "tokens": self._tokens,
             "dropped_frames": self._decoder.dropped,
             "peers": len(self._peers),
+            "load_seconds": self._backend.facts.load_seconds,
         }
 
     def close(self) -> None:
