@@ -53,6 +53,10 @@ class Player:
         self._buffer = [*self._buffer, (self._number, payload)][-self._size :]
         self._number += 1
 
+    def forget(self) -> None:
+        """Its buffer has none of what was said so far."""
+        self._buffer = []
+
     def raw(self, *parts: bytes) -> None:
         self._pub.send_multipart(list(parts))
 

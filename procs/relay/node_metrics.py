@@ -68,10 +68,13 @@ HELP = {
     "dropped_frames": "Frames that did not decode",
     "kv_event_frames": "Frames of KV events taken from SGLang",
     "kv_event_gaps": "Holes in the sequence of SGLang's frames",
+    "kv_event_frames_replayed": "Frames of KV events that came by a replay alone; after a relay's start all before it",
     "kv_event_frames_lost": "Frames of KV events that nobody has any more",
     "kv_events": "KV events taken from SGLang",
+    "kv_events_cleared": "AllBlocksCleared among the KV events",
     "kv_events_dropped": "KV events and frames of them that did not decode",
     "kv_blocks": "KV blocks that the engine holds, as its events say",
+    "kv_blocks_unvouched": "KV blocks withdrawn since events were lost, until an event proves them",
     "kv_blocks_unplaced": "KV blocks that could not be taken: their parent is not known, or their size is another",
     "kv_publishers": "Workers and DP ranks that KV events are published for",
 }

@@ -93,6 +93,7 @@ def test_a_hole_is_filled_and_what_comes_meanwhile_waits() -> None:
         await listener.until(lambda: len(listener.heard) == 50)
         assert listener.heard == list(range(50))
         assert listener.source.gaps >= 1 and listener.source.lost == 0 and listener.losses == 0
+        assert 3 <= listener.source.replayed < 50
 
     run(test)
 

@@ -125,7 +125,8 @@ class KvEvents:
 
     def _loser(self, number: int) -> Callable[[], None]:
         def lost() -> None:
-            self._ranks[number].mirror.exact = False
+            mirror = self._ranks[number].mirror
+            self._outlet.publish(number, mirror.lose(), mirror.block_size)
             self._changed()
 
         return lost
@@ -183,7 +184,10 @@ class KvEvents:
         said = [self._troubled] if self._troubled else []
         for number, rank in lossy.items():
             why = "replay_endpoint has them no longer" if rank.source.replays else "no replay_endpoint in --kv-events-config"
-            said.append(f"KV events of DP rank {number} are incomplete: {rank.source.lost} frames lost ({why})")
+            said.append(
+                f"KV events of DP rank {number} are incomplete: {rank.source.lost} frames lost ({why}); "
+                "routers get earlier blocks back as later events prove them"
+            )
         return "; ".join(said)
 
     def numbers(self) -> dict[str, float]:
@@ -194,9 +198,12 @@ class KvEvents:
             found |= {
                 f"kv_event_frames_dp{number}": source.frames,
                 f"kv_event_gaps_dp{number}": source.gaps,
+                f"kv_event_frames_replayed_dp{number}": source.replayed,
                 f"kv_event_frames_lost_dp{number}": source.lost,
                 f"kv_events_dp{number}": mirror.events,
+                f"kv_events_cleared_dp{number}": mirror.clears,
                 f"kv_blocks_dp{number}": len(mirror.blocks),
+                f"kv_blocks_unvouched_dp{number}": len(mirror.unsure),
                 f"kv_blocks_unplaced_dp{number}": mirror.unplaced,
             }
         if found:

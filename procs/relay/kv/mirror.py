@@ -1,9 +1,14 @@
 """The blocks that one DP rank of the running engine holds, as its events say. Pure: events in, changes out.
 
 Only what is in the GPU's memory counts: Dynamo 1.6.1's publisher knows no other place (publish_stored).
+
+When events are lost for good, every block is **unsure**: it may have been evicted meanwhile. Routers are told that it is gone,
+and it comes back when an event proves that it is there. SGLang evicts from the GPU only what has no child there (0.5.23:
+UnifiedTreeCore._is_device_leaf, RadixCache.evict), so a child that is stored proves all blocks before it.
 """
 
 from array import array
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -16,7 +21,7 @@ CHAIN_BLOCKS = 256
 
 
 class Block(msgspec.Struct, gc=False):
-    """``held``: how many nodes of SGLang's tree have this hash: those of several LoRA adapters or salts may."""
+    """``held``: how many nodes of SGLang's tree have this hash, at least: those of several LoRA adapters or salts may."""
 
     parent: int | None
     tokens: "array[int]"
@@ -49,16 +54,20 @@ Change = Chain | Gone
 
 
 class Mirror:
-    """``exact``: nothing was lost of this engine's events. Otherwise blocks may be missing, and some be gone already.
+    """``exact``: nothing was lost of this engine's events, or its cache was empty since. Otherwise blocks may be missing.
 
-    ``events`` taken; ``unplaced``: blocks that couldn't be taken, because their parent isn't known or their size is another.
+    ``blocks`` are there for certain, ``unsure`` ones perhaps: no more of them than there have been blocks at once.
+    ``events`` taken; ``clears`` among them; ``unplaced``: blocks that couldn't be taken, because their parent isn't known or their
+    size is another.
     """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.blocks: dict[int, Block] = {}
+        self.unsure: dict[int, Block] = {}
         self.exact = True
-        self.events = self.unplaced = 0
+        self.events = self.clears = self.unplaced = 0
+        self._most = 0
 
     def apply(self, event: Event) -> list[Change]:
         """Take an event; what others have to be told of it."""
@@ -69,10 +78,19 @@ class Mirror:
             case BlockRemoved():
                 return self._removed(event.block_hashes) if event.medium in MEDIA else []
             case AllBlocksCleared():
-                gone: list[Change] = [Gone(list(self.blocks))] if self.blocks else []
-                self.blocks = {}
+                self.clears += 1
                 self.exact = True  # of an empty cache everything is known
-                return gone
+                self.unsure = {}
+                return self._take_back()
+
+    def lose(self) -> list[Change]:
+        """Events are lost for good; what others have to be told."""
+        self.exact = False
+        self._most = max(self._most, len(self.blocks))
+        self.unsure |= self.blocks
+        for each in list(islice(self.unsure, max(0, len(self.unsure) - self._most))):
+            del self.unsure[each]  # the one that was proved longest ago
+        return self._take_back()
 
     def everything(self) -> list[Chain]:
         """All blocks, each after its parent. One whose parent is gone can't be reached by any prompt: it is left out."""
@@ -91,31 +109,52 @@ class Mirror:
                 done.add(one)
         return chains
 
+    def _take_back(self) -> list[Change]:
+        gone: list[Change] = [Gone(list(self.blocks))] if self.blocks else []
+        self.blocks = {}
+        return gone
+
     def _stored(self, event: BlockStored) -> list[Change]:
         size, count, parent = self.block_size, len(event.block_hashes), event.parent_block_hash
-        if event.block_size != size or len(event.token_ids) != count * size or (parent is not None and parent not in self.blocks):
+        chains: list[Chain] = []
+        if event.block_size != size or len(event.token_ids) != count * size or not self._prove(parent, chains):
             self.unplaced += count
             return []
-        chains: list[Chain] = []
         for index, each in enumerate(event.block_hashes):
             known = self.blocks.get(each)
             if known is not None:
                 known.held += 1
             else:
+                self.unsure.pop(each, None)
                 tokens = _flat(event.token_ids[index * size : (index + 1) * size])
                 self.blocks[each] = Block(parent, tokens, event.lora_name, event.cache_salt)
                 self._extend(chains, each)
             parent = each
         return list(chains)
 
+    def _prove(self, each: int | None, chains: list[Chain]) -> bool:
+        """A child of this block is there, so it is too, and all before it. False: not all of them are known."""
+        path: list[int] = []
+        while each is not None and each not in self.blocks:
+            if each not in self.unsure:
+                return False
+            path.append(each)
+            each = self.unsure[each].parent
+        for one in reversed(path):
+            self.blocks[one] = self.unsure.pop(one)
+            self.blocks[one].held = 1  # of more nodes there is no proof
+            self._extend(chains, one)
+        return True
+
     def _removed(self, hashes: list[int]) -> list[Change]:
         gone = []
         for each in hashes:
             block = self.blocks.get(each)
             if block is None:
+                self.unsure.pop(each, None)
                 continue
             block.held -= 1
-            if block.held <= 0 or not self.exact:  # without every event the count may be too high: rather know too little
+            if block.held <= 0:
                 del self.blocks[each]
                 gone.append(each)
         return [Gone(gone)] if gone else []

@@ -28,7 +28,8 @@ MAX_BYTES = 64 << 20
 class Source:
     """Gives each frame's payload to ``take``, in order. Runs from its making to close().
 
-    ``frames`` taken, ``gaps`` seen in the sequence, ``lost`` frames that nobody has any more; ``on_loss`` is called then.
+    ``frames`` taken, ``gaps`` seen in the sequence, ``replayed`` frames that only an answer brought, ``lost`` frames that nobody
+    has any more; ``on_loss`` is called then.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Source:
         self._on_loss = on_loss
         self._next = 0
         self._ahead: dict[int, bytes] = {}
-        self.frames = self.gaps = self.lost = self.malformed = 0
+        self.frames = self.gaps = self.replayed = self.lost = self.malformed = 0
         sock = context.socket(zmq.SUB)
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.RCVHWM, 0)  # dropping would be a gap: what a busy relay can't take yet waits here
@@ -136,7 +137,9 @@ class Source:
             self._over(True)
         else:
             self._wait(SILENCE_SECONDS)
-            self._offer(int.from_bytes(parts[2], "big"), parts[3])
+            number = int.from_bytes(parts[2], "big")
+            self.replayed += number >= self._next and number not in self._ahead
+            self._offer(number, parts[3])
 
     def _over(self, whole: bool) -> None:
         """The answer has ended, or stopped coming: ask for what is missing while that brings anything."""
