@@ -16,6 +16,7 @@ from shared.config import (
     EPOCH_FILE,
     INCARNATION_FILE,
     LOCK_FILE,
+    LOG_LEVELS_FILE,
     LOG_DIR,
     REGISTRATIONS_DIR,
     SOCKET_DIR,
@@ -32,7 +33,7 @@ SGLANG_IPC = f"{TEMPORARY_DIR}/999999/tmpXXXXXXXX"
 SUBDIRECTORIES = (LOG_DIR, SOCKET_DIR, TEMPORARY_DIR, DISCOVERY_DIR, REGISTRATIONS_DIR)
 FILES = (
     LOCK_FILE, CONFIG_FILE, "node.tmp", SUPERVISOR_CONF, SUPERVISOR_SOCKET, "supervisord.pid", INCARNATION_FILE, EPOCH_FILE,
-    ADAPTERS_FILE,
+    ADAPTERS_FILE, LOG_LEVELS_FILE,
 )  # fmt: skip
 """What else a node has in its directory; a suffix makes a temporary form."""
 
@@ -110,7 +111,7 @@ def claim(directory: Path, name: str) -> Claim:
     try:
         for path in reversed(made):
             path.mkdir(mode=0o700)
-        _check(directory)
+        check_usable(directory)
         lock = _lock(directory, name)
         directory.chmod(0o700)
     except BaseException as error:
@@ -123,7 +124,8 @@ def claim(directory: Path, name: str) -> Claim:
     return Claim(directory, lock, made)
 
 
-def _check(directory: Path) -> None:
+def check_usable(directory: Path) -> None:
+    """Raises NodeError when the directory, which exists, can't be a node's of this user."""
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise NodeError(f"--runtime-dir {directory}: not a directory")

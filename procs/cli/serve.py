@@ -114,19 +114,24 @@ def _check_files(found: NodeFlags) -> None:
     if model is None and not _has(found, "--disagg-config") and "DYN_SGL_DISAGG_CONFIG" not in os.environ:
         raise NodeError("MODEL: expected a model directory or name as the first argument (or --model-path)")
     # NAME and OWNER/NAME may be on a hub; anything else that looks like a path is one.
-    if model is not None and found.synthetic is None and _is_path(model) and not Path(model).exists():
+    if model is not None and found.synthetic is None and is_path(model) and not Path(model).exists():
         raise NodeError(f"MODEL {model}: no such directory")
     key.load(found.group_key_file)
 
 
-def _is_path(model: str) -> bool:
+def is_path(model: str) -> bool:
     return "://" not in model and (model[0:1] in "./~" or model.endswith("/") or model.count("/") > 1)
 
 
 def _given(found: NodeFlags, *names: str) -> str | None:
     """The value that a worker flag has in the end: the last on the command line, else the file's."""
-    value = next((str(found.worker_file[name]) for name in names if found.worker_file.get(name) is not None), None)
-    argv = found.worker_argv
+    value = value_of(found.worker_argv, *names)
+    return value or next((str(found.worker_file[name]) for name in names if found.worker_file.get(name) is not None), None)
+
+
+def value_of(argv: list[str], *names: str) -> str | None:
+    """The value of a flag, given under any of these names: the last one wins."""
+    value = None
     for index, argument in enumerate(argv):
         flag, equals, after = argument.partition("=")
         if flag in names:
@@ -159,8 +164,13 @@ def engine_environment(device: str | None = None) -> dict[str, str]:
     return environ
 
 
-def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeConfig:
-    """The whole configuration, ports bound to numbers. ``environ``: what SGLang gets. Raises NodeError."""
+def resolve(
+    found: NodeFlags, directory: Path, environ: dict[str, str], *, probe: bool = True, timeout: float | None = None
+) -> NodeConfig:
+    """The whole configuration, ports bound to numbers. ``environ``: what SGLang gets. Raises NodeError.
+
+    ``probe=False``: ports stay as they were given, taken or not (`sgnode doctor` says by whom). ``timeout``: of SGLang's check.
+    """
     discovery = _given(found, "--discovery-backend") or environ.get("DYN_DISCOVERY_BACKEND")
     if discovery is None:
         discovery = "file"
@@ -168,19 +178,19 @@ def resolve(found: NodeFlags, directory: Path, environ: dict[str, str]) -> NodeC
     wants_frontend = found.frontend if found.frontend is not None else discovery == "file"
     wants_frontend = wants_frontend and _given(found, "--node-rank") in (None, "0")
     # Ports first: a wrong one is found in milliseconds, the child takes seconds.
-    http_port, system_port = _ports(found, wants_frontend)
+    http_port, system_port = _ports(found, wants_frontend) if probe else (found.http_port, found.system_port)
     if found.synthetic is not None:
         worker = _synthetic_worker(found)
     else:
         request = {"argv": found.worker_argv, "file": found.worker_file, "config_file": found.config_file}
         if found.console:
             print("sgnode: checking the configuration with SGLang's own parser (some seconds)", flush=True)
-        worker = _check_child(request, environ)
+        worker = _check_child(request, environ, timeout)
     dynamo = msgspec.convert(worker.pop("dynamo"), configuration.Dynamo)
     environ.update(worker.pop("environment", {}))
     roles.find(worker["role"])
     agents = _agents(found, worker.pop("gateway_workers", None))
-    found.group_port = group_port(found, worker)
+    found.group_port = group_port(found, worker, probe=probe)
     return NodeConfig(
         name=found.name,
         runtime_dir=str(directory),
@@ -216,7 +226,7 @@ def _agents(found: NodeFlags, gateway_workers: int | None) -> int:
     return gateway_workers
 
 
-def group_port(found: NodeFlags, worker: dict[str, Any]) -> int | None:
+def group_port(found: NodeFlags, worker: dict[str, Any], *, probe: bool = True) -> int | None:
     """Where the nodes of a group meet; None for a node that is alone. Raises NodeError naming the flag."""
     nnodes, rank = worker.get("nnodes", 1), worker.get("node_rank", 0)
     if not 0 <= rank < nnodes:
@@ -232,14 +242,14 @@ def group_port(found: NodeFlags, worker: dict[str, Any]) -> int | None:
     port = dist_port + GROUP_PORT_OFFSET if found.group_port is None else found.group_port
     if not 0 < port < 65536:
         raise NodeError(f"--group-port: expected a port from 1 to 65535, got {port}; every node must know it")
-    if rank == 0:
+    if rank == 0 and probe:
         try:
-            probe = _bound("--group-port", "--dist-init-addr", host, port)
+            bound = _bound("--group-port", "--dist-init-addr", host, port)
         except NodeError as error:
             if str(error).startswith("--dist-init-addr"):
                 raise NodeError(f"{error}; rank 0 runs where it points to (on the others pass --node-rank)") from error
             raise NodeError(f"--group-port {port}: in use on {host}: another leader, or another program") from error
-        probe.close()
+        bound.close()
     return port
 
 
@@ -273,18 +283,22 @@ def _bound(flag: str, host_flag: str, host: str, port: int) -> socket.socket:
     return probe
 
 
-def _check_child(request: dict[str, Any], environ: dict[str, str]) -> dict[str, Any]:
-    """Ask procs.engine.check. Raises NodeError with its one line."""
+def _check_child(request: dict[str, Any], environ: dict[str, str], timeout: float | None = None) -> dict[str, Any]:
+    """Ask procs.engine.check. Raises NodeError with its one line, or when there is no answer within ``timeout`` seconds."""
     # SGLang and Dynamo leave files in TMPDIR when they are only asked to parse.
     with tempfile.TemporaryDirectory(prefix="sgnode-check-") as temporary:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "procs.engine.check"],
-            input=json.dumps(request, default=str),
-            env={**environ, "TMPDIR": temporary},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-W", "ignore", "-m", "procs.engine.check"],
+                input=json.dumps(request, default=str),
+                env={**environ, "TMPDIR": temporary},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as late:
+            raise NodeError(f"the configuration could not be checked: no answer within {timeout:g} s") from late
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except json.JSONDecodeError as error:

@@ -6,26 +6,18 @@ nor by etcd (the lease that it granted), so a new agent's registration is anothe
 
 import asyncio
 import contextlib
-import http.client
-import json
 import logging
 import os
-import ssl
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from shared import etcd
 from shared.registrations import Registration, abandoned
 
 LOOK_SECONDS = 1.0
 """What could not be revoked is tried again so often; an agent's death is told by supervisord at once."""
-ANSWER_SECONDS = 1.0
-"""For each step of a call to one etcd endpoint."""
-NOT_FOUND = 5
-"""gRPC's code in etcd's JSON: the lease has expired or was revoked."""
 
 
 class Revoker:
@@ -52,7 +44,7 @@ class Revoker:
             began = time.monotonic()
             try:
                 what = self._revoke(left)
-            except (OSError, ValueError, http.client.HTTPException) as error:
+            except etcd.TROUBLE as error:
                 if left.worker_id not in self._troubled:
                     logging.warning("worker %d of %s is dead and still in discovery: %s", left.worker_id, left.agent, error)
                 self._troubled.add(left.worker_id)
@@ -101,56 +93,11 @@ def revoke_lease(lease: int, environ: Mapping[str, str]) -> str:
     for url in etcd.urls(environ):
         try:
             return f"its lease at {url}" if _revoke_at(url, lease, environ) else ""
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except etcd.TROUBLE as error:
             troubles.append(f"etcd at {url}: {error or type(error).__name__}")
     raise ConnectionError("; ".join(troubles))
 
 
 def _revoke_at(url: str, lease: int, environ: Mapping[str, str]) -> bool:
-    parts = urlsplit(url)
-    host, port = parts.hostname or "localhost", parts.port or etcd.PORT
-    connection = http.client.HTTPConnection(host, port, timeout=ANSWER_SECONDS)
-    if parts.scheme == "https":
-        connection = http.client.HTTPSConnection(host, port, timeout=ANSWER_SECONDS, context=_tls(environ))
-    with contextlib.closing(connection):
-        headers = {}
-        if login := _login(environ):
-            headers["Authorization"] = str(_post(connection, "/v3/auth/authenticate", login, {})["token"])
-        answer = _post(connection, "/v3/lease/revoke", {"ID": str(lease)}, headers)
-    return answer.get("code") != NOT_FOUND
-
-
-def _login(environ: Mapping[str, str]) -> dict[str, str]:
-    """As Dynamo 1.6.1 reads them: both or none."""
-    name, password = environ.get("ETCD_AUTH_USERNAME"), environ.get("ETCD_AUTH_PASSWORD")
-    return {} if name is None or password is None else {"name": name, "password": password}
-
-
-def _post(connection: http.client.HTTPConnection, path: str, body: dict[str, str], headers: dict[str, str]) -> dict[str, Any]:
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **headers})
-    response = connection.getresponse()
-    text = response.read()
-    answer = json.loads(text) if text.startswith(b"{") else {}
-    if response.status != http.client.OK and answer.get("code") != NOT_FOUND:
-        raise ConnectionError(f"{path}: {answer.get('message') or f'HTTP {response.status}'}")
-    return dict(answer)
-
-
-def _tls(environ: Mapping[str, str]) -> ssl.SSLContext:
-    """ETCD_AUTH_CA, _CLIENT_CERT and _CLIENT_KEY hold PEM text for Dynamo 1.6.1; its documentation says paths. Both are taken."""
-    context = ssl.create_default_context()
-    if authority := environ.get("ETCD_AUTH_CA"):
-        context.load_verify_locations(cadata=_pem(authority))
-    certificate, key = environ.get("ETCD_AUTH_CLIENT_CERT"), environ.get("ETCD_AUTH_CLIENT_KEY")
-    if certificate and key:
-        secret = os.memfd_create("etcd-client")  # OpenSSL wants a file; this one is in no file system
-        try:
-            os.write(secret, f"{_pem(certificate)}\n{_pem(key)}\n".encode())
-            context.load_cert_chain(f"/proc/self/fd/{secret}")
-        finally:
-            os.close(secret)
-    return context
-
-
-def _pem(value: str) -> str:
-    return value if "-----BEGIN" in value else Path(value).read_text()
+    with etcd.connected(url, environ) as post:
+        return post("/v3/lease/revoke", {"ID": str(lease)}).get("code") != etcd.NOT_FOUND

@@ -169,7 +169,7 @@ def test_the_process_tree_has_this_ranks_programs(rank: int, frontend: bool, abs
     ],
 )
 def test_what_is_a_path_and_what_may_be_a_hubs_name(model: str, is_path: bool) -> None:
-    assert serve._is_path(model) == is_path
+    assert serve.is_path(model) == is_path
 
 
 @pytest.mark.parametrize(
