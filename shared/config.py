@@ -85,6 +85,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds without a sign of life of another rank that end an epoch."""
     group_facts: dict[str, str] = {}
     """What must be alike on every rank, by name (procs.engine.check)."""
+    gpu_ids: list[int] | None = None
+    """Which of the visible GPUs the engine takes on this rank; None: not known."""
     node_id: str = ""
     """Of this life of the node: another one each time `sgnode serve` runs."""
     agents: int = 1
@@ -134,6 +136,8 @@ SUPERVISOR_CONF = "supervisor.conf"
 EVENTS_SOCKET = "sock/events"
 """Unix datagram socket of the coordinator, for the supervisord plugin's ProcessChange hints."""
 INCARNATION_FILE = "incarnation"
+LOG_LEVELS_FILE = "log-levels.json"
+"""Levels that were changed while the node runs (shared/log_levels.py)."""
 ADAPTERS_FILE = "adapters.json"
 """LoRA adapters by name with their source, which the next incarnation of the engine loads again."""
 EPOCH_FILE = "epoch"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 COMMON = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TMPDIR", "TERM", "XDG_*",
     "PYTHON*", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "LD_PRELOAD", "SSL_CERT_*", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
-    "SGNODE_*",
+    "SGNODE_*", "DYN_LOG*",
 )  # fmt: skip
 """Every program."""
 
@@ -31,8 +31,8 @@ BY_PROGRAM: dict[str, tuple[str, ...]] = {
     "agent": COMMON + CLUSTER,
     "frontend": COMMON + CLUSTER,
     "coordinator": COMMON + CLUSTER + ("NOTIFY_SOCKET", "WATCHDOG_USEC"),
-    "relay": (*COMMON, "OTEL_*"),
-    "relay with KV events": COMMON + CLUSTER,
+    "relay": (*COMMON, "OTEL_*", "CUDA_VISIBLE_DEVICES"),
+    "relay with KV events": (*COMMON, *CLUSTER, "CUDA_VISIBLE_DEVICES"),
     "prober": (*COMMON, "DYN_SYSTEM_*", "DYN_HEALTH_*", "DYN_CANARY_*", "DYN_LORA_ENABLED"),
     "supervisord": COMMON + ENGINE + CLUSTER + ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID"),
 }

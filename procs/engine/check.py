@@ -176,6 +176,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
         "node_rank": getattr(server, "node_rank", 0),
         "dist_init_addr": getattr(server, "dist_init_addr", None),
         "group_facts": _group_facts(server),
+        "gpu_ids": _gpu_ids(server),
         "dynamo": {
             "namespace": dynamo.namespace,
             "component": dynamo.component,
@@ -278,6 +279,24 @@ def _group_facts(server: Any) -> dict[str, str]:
     known = config.is_file()
     found["model's config.json"] = hashlib.sha256(config.read_bytes()).hexdigest()[:12] if known else str(server.model_path)
     return found
+
+
+def _gpu_ids(server: Any) -> list[int] | None:
+    """Which of the visible GPUs this rank's schedulers take (SGLang 0.5.23: engine.py, data_parallel_controller.py)."""
+    if not hasattr(server, "base_gpu_id"):
+        return None
+    pp, nnodes = getattr(server, "pp_size", 1), getattr(server, "nnodes", 1)
+    pp_here, tp_here = max(pp // nnodes, 1), server.tp_size // max(nnodes // pp, 1)
+    replicas = 1 if getattr(server, "enable_dp_attention", False) else server.dp_size
+    step = server.gpu_id_step
+    return sorted(
+        {
+            server.base_gpu_id + replica * server.tp_size * pp * step + stage * tp_here + rank * step
+            for replica in range(replicas)
+            for stage in range(pp_here)
+            for rank in range(tp_here)
+        }
+    )
 
 
 def _role(server: Any, dynamo: Any) -> str:

@@ -1,9 +1,13 @@
-"""The node's own metrics, ``sgnode_*``, from the processes' beats."""
+"""The node's own metrics, ``sgnode_*``, from the processes' beats and the node's status."""
 
 import re
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
+from procs.relay.text import expose
 from shared.config import NodeConfig
 from shared.frames import KvUse
 from shared.state import LOST, Board, State
@@ -11,44 +15,103 @@ from shared.state import LOST, Board, State
 STATES = (*State, LOST)
 KEY = re.compile(r"([a-z][a-z0-9_]*?)(?:_dp([0-9]+))?")
 """A beat's number; at its end the DP rank that it is about, if it is about one."""
-TAKEN = ("process_state", "incarnation", "epoch", "kv_used_blocks", "kv_total_blocks")
+TAKEN = ("process_state", "node_state", "build", "incarnation", "epoch", "kv_used_blocks", "kv_total_blocks")
 
 
-def render(config: NodeConfig, board: Board, use: dict[int, KvUse]) -> str:
-    """Prometheus text. Label ``process`` as in `sgnode status`; counts are of a process's present life."""
-    registry = CollectorRegistry()
-    state = Gauge(
-        "sgnode_process_state", "1 for the state a process is in, 0 for the others", ["process", "state"], registry=registry
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+VERSIONS = {"sglang": _version("sglang"), "dynamo": _version("ai-dynamo")}
+"""Installed when this process started; without importing them."""
+
+
+def families(config: NodeConfig, board: Board, use: dict[int, KvUse], document: Mapping[str, Any] | None = None) -> list[Metric]:
+    """Label ``process`` as in `sgnode status`; counts are of a process's present life.
+
+    ``document``: the node's status as supervisord has it, None while it doesn't answer.
+    """
+    info = InfoMetricFamily("sgnode_build", "Versions and role of the node, in labels")
+    info.add_metric([], {"version": config.version, "role": config.role, "node_rank": str(config.node_rank), **VERSIONS})
+    return [info, *_states(config, board), *_counted(config, board), *_kv_use(use), *_told(document or {})]
+
+
+def render(config: NodeConfig, board: Board, use: dict[int, KvUse], document: Mapping[str, Any] | None = None) -> str:
+    """Prometheus text of ``families``."""
+    return expose(families(config, board, use, document))
+
+
+def _states(config: NodeConfig, board: Board) -> list[Metric]:
+    node = GaugeMetricFamily("sgnode_node_state", "1 for the state the node is in, 0 for the others", labels=["state"])
+    coordinator = board.beat("coordinator")
+    whole = coordinator.info.get("node", State.STARTING) if coordinator is not None else board.state("coordinator")
+    state = GaugeMetricFamily(
+        "sgnode_process_state", "1 for the state a process is in, 0 for the others", labels=["process", "state"]
     )
-    incarnation = Gauge("sgnode_incarnation", "Life of the engine, counted from the node's start", registry=registry)
-    epoch = Gauge("sgnode_epoch", "Start of the group of nodes that the engine belongs to; 0 without a group", registry=registry)
-    gauges: dict[tuple[str, ...], Gauge] = {}
+    for each in STATES:
+        node.add_metric([each], float(each == whole))
     for name in config.processes:
         now = board.state(name)
         for each in STATES:
-            state.labels(name, each).set(float(each == now))
+            state.add_metric([name, each], float(each == now))
+    keeper = board.beat("keeper")
+    lives = GaugeMetricFamily("sgnode_incarnation", "Life of the engine, counted from the node's start")
+    lives.add_metric([], keeper.incarnation if keeper else 0)
+    epoch = GaugeMetricFamily("sgnode_epoch", "Start of the group of nodes that the engine belongs to; 0 without a group")
+    epoch.add_metric([], keeper.epoch if keeper else 0)
+    return [node, state, lives, epoch]
+
+
+def _counted(config: NodeConfig, board: Board) -> list[Metric]:
+    """What the beats say in numbers."""
+    found: dict[str, tuple[list[str], Metric]] = {}
+    for name in config.processes:
         beat = board.beat(name)
         for key, value in (beat.numbers if beat else {}).items():
             match = KEY.fullmatch(key)
             if match is None or match[1] in TAKEN:
                 continue  # a beat of a newer version must not spoil the scrape
             labels = {"process": name} | ({} if match[2] is None else {"dp_rank": match[2]})
-            metric = (match[1], *labels)
-            if metric not in gauges:
-                if any(each[0] == match[1] for each in gauges):
-                    continue  # the same name with and without a rank
-                gauges[metric] = Gauge(f"sgnode_{match[1]}", HELP.get(match[1], match[1]), list(labels), registry=registry)
-            gauges[metric].labels(**labels).set(value)
-    keeper = board.beat("keeper")
-    incarnation.set(keeper.incarnation if keeper else 0)
-    epoch.set(keeper.epoch if keeper else 0)
-    if use:
-        used = Gauge("sgnode_kv_used_blocks", "KV blocks in use", ["dp_rank"], registry=registry)
-        total = Gauge("sgnode_kv_total_blocks", "KV blocks there are", ["dp_rank"], registry=registry)
-        for rank, each_use in use.items():
-            used.labels(str(rank)).set(each_use.used_blocks)
-            total.labels(str(rank)).set(each_use.total_blocks)
-    return str(generate_latest(registry), "utf-8")
+            if match[1] not in found:
+                kind = CounterMetricFamily if match[1].endswith("_total") else GaugeMetricFamily
+                family = kind(f"sgnode_{match[1]}", HELP.get(match[1], match[1]), labels=list(labels))
+                found[match[1]] = list(labels), family
+            names, family = found[match[1]]
+            if names == list(labels):  # not the same name with and without a rank
+                family.add_metric(list(labels.values()), value)
+    return [family for _, family in found.values()]
+
+
+def _kv_use(use: dict[int, KvUse]) -> list[Metric]:
+    used = GaugeMetricFamily("sgnode_kv_used_blocks", "KV blocks in use", labels=["dp_rank"])
+    total = GaugeMetricFamily("sgnode_kv_total_blocks", "KV blocks there are", labels=["dp_rank"])
+    for rank, each in use.items():
+        used.add_metric([str(rank)], each.used_blocks)
+        total.add_metric([str(rank)], each.total_blocks)
+    return [used, total] if use else []
+
+
+def _told(document: Mapping[str, Any]) -> list[Metric]:
+    """What supervisord and the coordinator know of deaths."""
+    found: list[Metric] = []
+    restarts = CounterMetricFamily(
+        "sgnode_process_restarts_total", "Starts of a process by supervisord after its first", labels=["process"]
+    )
+    for row in document.get("processes", []):
+        if row["name"] != "engine" and row.get("restarts") is not None:  # the engine's are its keeper's
+            restarts.add_metric([row["name"]], row["restarts"])
+    if restarts.samples:
+        found.append(restarts)
+    if "deaths" in document:
+        deaths = "Deaths of the engine since its last good life; five in ten minutes are a crash loop"
+        found.append(GaugeMetricFamily("sgnode_engine_deaths", deaths, value=len(document["deaths"])))
+    if crash := document.get("last_crash"):
+        last = "When the engine last died, in UNIX seconds"
+        found.append(GaugeMetricFamily("sgnode_engine_last_death_timestamp_seconds", last, value=crash["at"]))
+    return found
 
 
 HELP = {

@@ -1,15 +1,14 @@
 """The relay's loop: node state in, KV use, KV events and metrics out. It never touches a request."""
 
 import asyncio
-import logging
 import signal
 from typing import Any
 
 import msgspec
 import zmq
 
-from procs.relay import engine_metrics, node_metrics, remote, text
 from procs.relay.kv.kv import KvEvents
+from procs.relay.scrape import Scraper
 from shared import sockets
 from shared.config import NodeConfig
 from shared.frames import AnyState, Beat, Death, KvUse, MetricsText, Scrape
@@ -27,7 +26,7 @@ class Relay:
         self._use: dict[int, KvUse] = {}
         self._heart = Heart(config.path, "relay")
         self._scrapes: set[asyncio.Task[None]] = set()
-        self._reading: asyncio.Future[str] | None = None
+        self._scraper = Scraper(config, self._board)
 
     async def run(self) -> None:
         """Until SIGTERM."""
@@ -53,6 +52,7 @@ class Relay:
             self._heart.set(State.STOPPED)
             for task in self._scrapes:
                 task.cancel()
+            await self._scraper.close()
             states.close()
             self._metrics.close()
             context.term()
@@ -94,29 +94,8 @@ class Relay:
 
     async def _scrape(self, identity: bytes, number: int) -> None:
         self._board.hear(msgspec.structs.replace(self._heart.beat, numbers=self._numbers()))
-        texts = [node_metrics.render(self._config, self._board, self._use)]
-        agents = [
-            (beat.info["metrics_url"], beat.info["worker_id"])
-            for name in self._config.agent_names
-            if (beat := self._board.beat(name)) is not None and beat.info.keys() >= {"metrics_url", "worker_id"}
-        ]
-        found = await asyncio.gather(self._engine_text(), *(remote.fetch(url, worker_id) for url, worker_id in agents))
-        merged = text.merge([*texts, *found])
+        found = await self._scraper.text(self._use)
         try:
-            self._metrics.send([identity, encode(MetricsText(number, merged))])
+            self._metrics.send([identity, encode(MetricsText(number, found))])
         except zmq.ZMQError:
             return  # the prober that asked is gone
-
-    async def _engine_text(self) -> str:
-        """SGLang's metrics; empty when reading them takes too long. A reading that hangs is not begun twice."""
-        if self._reading is None or self._reading.done():
-            engine = self._board.beat("engine")
-            self._reading = asyncio.ensure_future(asyncio.to_thread(engine_metrics.render, self._config, engine))
-        await asyncio.wait([self._reading], timeout=remote.FETCH_SECONDS)
-        if not self._reading.done():
-            logging.warning("SGLang's metrics could not be read within %.1f s", remote.FETCH_SECONDS)
-            return ""
-        if (error := self._reading.exception()) is not None:  # a counter file being written or removed
-            logging.warning("SGLang's metrics: %s", error)
-            return ""
-        return self._reading.result()
