@@ -21,11 +21,13 @@ SGLang on a GPU server as a supervised node of a Dynamo cluster.
   sleep | wake            drain it and release its accelerator memory; take it again and serve
   show-config             the configuration that it runs with
   ctl ...                 supervisorctl on it: `sgnode ctl status`, `sgnode ctl restart agent`, `sgnode ctl tail -f engine`
+  doctor [serve's flags]  what would go wrong with a start, or is wrong with a running node, and what to do
   group-key FILE          make the key of a group of nodes
   install-unit            write sgnode@.service for systemd, with this installation's paths
   demo-model DIR          make a tiny model with random weights, to try a node without a download
 
-All but serve, group-key, install-unit and demo-model find the node by --name or --runtime-dir, or take the only one that runs.
+All but serve, group-key, install-unit and demo-model find the node by --name or --runtime-dir, or take the only one that runs
+(doctor does so when it gets no other flag).
 `sgnode COMMAND --help` says more. `sgnode --version` prints the version.
 
   sgnode demo-model ./demo && sgnode serve ./demo
@@ -85,6 +87,10 @@ def _command(name: str, argv: list[str]) -> int:
         case "group-key":
             from procs.cli import group_key
 
+        case "doctor":
+            from procs.cli.doctor import command as doctor
+
+            return doctor.main(argv)
             return group_key.main(argv)
         case "install-unit":
             from procs.cli import install_unit

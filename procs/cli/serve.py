@@ -71,15 +71,15 @@ def main(argv: list[str]) -> int:
     found = flags.parse(argv)
     directory = (found.runtime_dir or runtime_dir.default(found.name)).absolute()
     runtime_dir.check_length(directory, ["coordinator", *(f"agent:{i}" for i in range(found.agents))])
-    _check_files(found)
+    check_files(found)
     claim = runtime_dir.claim(directory, found.name)
     try:
-        environ, notes = _hardware(found)
+        environ, notes = hardware(found)
         config = resolve(found, directory, environ)
         claim.prepare()
         configuration.save(config)
         (directory / SUPERVISOR_CONF).write_text(process_tree(config))
-        _start(config, claim, _environment(config, environ), found.console, notes)
+        _start(config, claim, environment_of(config, environ), found.console, notes)
     except BaseException as error:
         claim.abandon()
         if isinstance(error, OSError):
@@ -108,7 +108,7 @@ def _start(config: NodeConfig, claim: runtime_dir.Claim, environ: dict[str, str]
         raise
 
 
-def _check_files(found: NodeFlags) -> None:
+def check_files(found: NodeFlags) -> None:
     """What can be seen to be missing without asking SGLang. Raises NodeError naming the argument."""
     model = _given(found, "--model-path", "--model")
     if model is None and not _has(found, "--disagg-config") and "DYN_SGL_DISAGG_CONFIG" not in os.environ:
@@ -143,7 +143,7 @@ def _has(found: NodeFlags, flag: str) -> bool:
     return flag in found.worker_file or any(argument.partition("=")[0] == flag for argument in found.worker_argv)
 
 
-def _hardware(found: NodeFlags) -> tuple[dict[str, str], list[str]]:
+def hardware(found: NodeFlags) -> tuple[dict[str, str], list[str]]:
     """The environment for SGLang on this host, and what to say about it; without a GPU, CPU_DEFAULTS join the arguments."""
     if found.synthetic is not None:
         return dict(os.environ), []
@@ -349,7 +349,7 @@ def process_tree(config: NodeConfig) -> str:
     return "\n\n".join(kept).rstrip("\n") + "\n"
 
 
-def _environment(config: NodeConfig, environ: dict[str, str]) -> dict[str, str]:
+def environment_of(config: NodeConfig, environ: dict[str, str]) -> dict[str, str]:
     """supervisord's environment: what of ``environ`` its programs may get, and what supervisor.conf names."""
     result = environment.allowed("supervisord", environ)
     result.update(
