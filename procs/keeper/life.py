@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from shared.config import INCARNATION_FILE, RUNTIME_DIR_VARIABLE, TEMPORARY_DIR
 
 INCARNATION_VARIABLE = "SGNODE_INCARNATION"
 """In the environment of the engine and all it starts, and of nothing else: the mark by which leftovers are found."""
+SHM_MARK_VARIABLE = "SGNODE_SHM_MARK"
+"""Part of the name of all that this engine makes in shared memory, and of nothing else's (procs/engine/adapter/shm.py)."""
+SHM_MARK_FILE = "shm-mark"
+SHARED_PLACES = (Path("/dev/shm"), Path("/tmp"))
+"""Where SGLang and Python leave named things whatever TMPDIR says."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Life:
     epoch: int
     """The group's epoch that the coordinator starts it for; 0 without a group."""
     tmp: Path
+    shm_mark: str
 
     @property
     def metrics(self) -> Path:
@@ -33,14 +40,15 @@ class Life:
             INCARNATION_VARIABLE: str(self.incarnation),
             "SGNODE_EPOCH": str(self.epoch),
             "TMPDIR": str(self.tmp),
+            SHM_MARK_VARIABLE: self.shm_mark,
             "PROMETHEUS_MULTIPROC_DIR": str(self.metrics),
             # setproctitle 1.3 writes titles over /proc/PID/environ unless told not to, and the mark would be gone.
             "SPT_NOENV": "1",
         }
 
     def end(self) -> None:
-        """Remove the temporary directory."""
-        shutil.rmtree(self.tmp, ignore_errors=True)
+        """Remove the temporary directory, and what a killed engine left in shared memory."""
+        _remove(self.tmp)
 
 
 def begin(runtime_dir: Path) -> Life:
@@ -57,7 +65,21 @@ def begin(runtime_dir: Path) -> Life:
     if root.is_dir():
         for old in root.iterdir():
             if old.name.isdigit():
-                shutil.rmtree(old, ignore_errors=True)
-    life = Life(incarnation, epoch.load(runtime_dir).epoch, root / str(incarnation))
+                _remove(old)
+    # Of this life alone: nodes in other containers may share /dev/shm, and have the same runtime directory.
+    life = Life(incarnation, epoch.load(runtime_dir).epoch, root / str(incarnation), f"sgnode-{uuid.uuid4().hex[:16]}")
     life.metrics.mkdir(parents=True, mode=0o700)
+    (life.tmp / SHM_MARK_FILE).write_text(life.shm_mark)
     return life
+
+
+def _remove(tmp: Path) -> None:
+    """Of one life whose processes are gone."""
+    mark = ""
+    with contextlib.suppress(OSError):
+        mark = (tmp / SHM_MARK_FILE).read_text()
+    for place in SHARED_PLACES if mark.startswith("sgnode-") else ():
+        for left in place.glob(f"*{mark}*"):
+            with contextlib.suppress(OSError):
+                left.unlink()
+    shutil.rmtree(tmp, ignore_errors=True)

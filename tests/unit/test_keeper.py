@@ -218,6 +218,33 @@ def test_incarnations_grow_and_survive_rubbish(tmp_path: Path) -> None:
     assert life.begin(tmp_path).incarnation == 1
 
 
+def test_what_a_life_left_in_shared_memory_goes_with_it_and_nothing_elses(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first, other = life.begin(tmp_path / "a"), life.begin(tmp_path / "b")
+    assert first.environment(tmp_path)["SGNODE_SHM_MARK"] == first.shm_mark != other.shm_mark
+    names = [f"/dev/shm/sem.{mark}-x1" for mark in (first.shm_mark, other.shm_mark)]
+    names += [f"/dev/shm/sglang_loads_{first.shm_mark}-ab_cd.shm", f"/tmp/sglang_load_collector_{first.shm_mark}-ab.sock"]
+    files = [Path(name) for name in names]
+    try:
+        for file in files:
+            file.touch()
+        first.end()
+        assert [file.exists() for file in files] == [False, True, False, False]
+        life.begin(tmp_path / "b")  # its keeper was killed
+        assert not files[1].exists()
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+    odd = life.begin(tmp_path / "a")
+    (odd.tmp / life.SHM_MARK_FILE).write_text("")  # a disk that was full: no mark must not mean everything
+    kept = Path(f"/dev/shm/sem.{odd.shm_mark}")
+    kept.touch()
+    odd.end()
+    assert kept.exists()
+    kept.unlink()
+
+
 def test_essential_titles() -> None:
     assert tree.essential("sglang::scheduler_DP1_TP0") == "scheduler"
     assert tree.essential("sglang::detoken") == "detokenizer"

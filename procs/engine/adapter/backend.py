@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from procs.engine.adapter import facts
+from procs.engine.adapter import facts, shm
 from procs.engine.adapter.asks import Asks
 from procs.engine.adapter.calls import Calls, meta_of
 from procs.engine.adapter.kv_metrics import KvMetrics
@@ -48,6 +48,7 @@ class SglangBackend:
             os.environ.pop(name, None)
         self._parsed = asyncio.run(parse_args(config.worker_argv))
         asyncio.set_event_loop(asyncio.new_event_loop())
+        shm.mark()
         self._engine = sgl.Engine(server_args=self._parsed.server_args)
         self._manager = self._engine.tokenizer_manager
         self._server_args = server_args = self._parsed.use_resolved_server_args(self._engine.server_args)
