@@ -47,6 +47,7 @@ class Identity:
 
     def __init__(self, config: NodeConfig, name: str, role: Role, handler: Handler) -> None:
         self._config = config
+        self._name = name
         self._role = role
         self._handler = handler
         # Set before the runtime exists: it reads the variable once, and has no way to tell which port 0 became.
@@ -86,8 +87,9 @@ class Identity:
         self.ended = ""
         """Why Dynamo's runtime serves no longer; empty while it does."""
         self.on_end: Callable[[], None] = lambda: None
-        self._load = WorkerMetricsPublisher()
+        self._load: WorkerMetricsPublisher | None = None
         self._gauges: LLMBackendMetrics | None = None
+        """The engine's gauges. Only the first agent shows them: a sum over workers must count the engine once."""
 
     async def register(self, welcome: Welcome) -> None:
         """Put this worker into discovery: the first time with endpoints and card, afterwards the instance again.
@@ -187,8 +189,9 @@ class Identity:
 
     def publish_load(self, use: KvUse) -> None:
         """KV use of one DP rank, under this worker's identity: a router takes it from nobody else."""
-        if self._gauges is not None:
+        if self._load is not None:
             self._load.publish(use.dp_rank, kv_used_blocks=use.used_blocks)
+        if self._gauges is not None:
             self._gauges.set_total_blocks(str(use.dp_rank), use.total_blocks)
             self._gauges.set_gpu_cache_usage(str(use.dp_rank), use.usage)
 
@@ -223,12 +226,16 @@ class Identity:
             return
         self._handler.latency.model = facts.served_model_name
         registry.register(self._handler.latency)
-        register_engine_metrics_callback(endpoint=self._generate, registry=registry)
-        self._gauges = LLMBackendMetrics(registry=registry, model_name=facts.served_model_name, component_name=dynamo.component)
+        if self._name == self._config.agent_names[0]:  # as child 0 of dynamo.sglang's gateway (publisher.py)
+            register_engine_metrics_callback(endpoint=self._generate, registry=registry)
+            self._gauges = LLMBackendMetrics(registry, facts.served_model_name, dynamo.component)
+        self._load = WorkerMetricsPublisher()
         await self._load.create_endpoint(self._generate)
         for rank in range(facts.dp_start, facts.dp_start + facts.dp_size):
             self._load.publish(rank, kv_used_blocks=0)
-            self._gauges.set_total_blocks(str(rank), facts.total_kv_blocks or 0)
+            if self._gauges is not None:
+                self._gauges.set_total_blocks(str(rank), facts.total_kv_blocks or 0)
+                self._gauges.set_gpu_cache_usage(str(rank), 0.0)
 
     async def _serve(self, facts: EngineFacts) -> None:
         await self._measure(facts)

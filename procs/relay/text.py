@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
 SUFFIXES = ("_bucket", "_sum", "_count", "_total", "_created")
 SAMPLE = re.compile(r"^([^\s{]+)(?:\{(.*)\})?( .*)$")
@@ -14,7 +13,7 @@ KNOWN_SERIES = 50_000
 LABEL_NAME = re.compile(r"""(\w+)="(?:[^"\\]|\\.)*\"""")
 
 
-class _Ready(Collector):
+class _Ready:
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
 
