@@ -11,6 +11,7 @@ from pathlib import Path
 from shared.config import RUNTIME_DIR_VARIABLE, NodeConfig, load
 from shared.environment import allowed
 from shared.errors import NodeError
+from shared.logs import NODE_VARIABLE, sglang_environment
 from shared.prctl import signal_at_parents_death
 
 PROGRAMS = ("engine", "agent", "frontend", "coordinator", "relay", "prober")
@@ -68,6 +69,11 @@ def environment(program: str, environ: dict[str, str], config: NodeConfig) -> di
         # reachable wherever the requests are (0.0.0.0: Dynamo advertises the host's outward address).
         result["DYN_SYSTEM_PORT"] = "0"
         result["DYN_SYSTEM_HOST"] = result.get("DYN_TCP_RPC_HOST", "0.0.0.0")
+    if program == "engine":
+        result |= sglang_environment(result)
+    # Colours belong on a terminal; this goes into a file.
+    result.setdefault("DYN_SDK_DISABLE_ANSI_LOGGING", "1")
+    result[NODE_VARIABLE] = config.name
     # The mark of an engine's processes (procs/keeper/life.py): inherited from outside it would make all of us its leftovers.
     result.pop("SGNODE_INCARNATION", None)
     result[RUNTIME_DIR_VARIABLE] = config.runtime_dir

@@ -13,7 +13,7 @@ from typing import Any
 
 import zmq
 
-from shared import sockets
+from shared import logs, sockets
 from shared.errors import Code, RequestError
 from shared.frames import (
     PROTOCOL,
@@ -229,12 +229,15 @@ class EngineClient:
     def dropped(self) -> int:
         return self._decoder.dropped
 
-    def submit(self, payload: dict[str, Any]) -> Stream:
-        """Start a request. Raises RequestError: ENGINE_DEAD when no engine is welcomed, INVALID for what no frame can carry."""
+    def submit(self, payload: dict[str, Any], context: str = "") -> Stream:
+        """Start a request; ``context``: what its frontend calls it.
+
+        Raises RequestError: ENGINE_DEAD when no engine is welcomed, INVALID for what no frame can carry.
+        """
         if self.welcome is None:
             raise RequestError(Code.ENGINE_DEAD, "no engine is up")
         stream = Stream(self, uuid.uuid4().hex)
-        if not self.send(Submit(self.welcome.incarnation, stream.rid, payload)):
+        if not self.send(Submit(self.welcome.incarnation, stream.rid, payload, context)):
             raise RequestError(Code.OVERLOADED, "the engine's socket takes no more requests now")
         self._streams[stream.rid] = stream
         return stream
@@ -294,6 +297,7 @@ class EngineClient:
         elif isinstance(frame, Welcome):
             if frame.incarnation == self._incarnation and self.welcome is None:
                 self.welcome = frame
+                logs.facts["incarnation"] = frame.incarnation
                 self.on_change()
         elif isinstance(frame, Refused):
             self._refused(frame.reason)

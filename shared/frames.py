@@ -42,6 +42,8 @@ class Submit(Frame, tag="Submit"):
     incarnation: int
     rid: str
     payload: dict[str, Any]
+    context: str = ""
+    """The frontend's id of the request, for the log."""
 
 
 class Abort(Frame, tag="Abort"):

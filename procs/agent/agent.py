@@ -16,6 +16,7 @@ from procs.agent.drain import Drain
 from procs.agent.handler import Handler
 from procs.agent.identity import Identity
 from procs.agent.reach import endpoints, reachable
+from procs.agent.tracing import make as make_tracing
 from shared.config import NodeConfig
 from shared.engine_client import EngineClient
 from shared.frames import AnyState, Beat, Death, Intent, KvUse, Serving, Verdict
@@ -74,6 +75,7 @@ class Agent:
         self._client.on_change = self._changed.set
         self._handler = Handler(self._client, role, lambda: self._refusing)
         self._handler.on_change = self._changed.set
+        self._handler.tracing = make_tracing(self._name, config.name)
         self._heart.numbers = self._numbers
         self._heart.set(State.WAITING, waiting_for="discovery")
         self._heart.start()
@@ -103,6 +105,8 @@ class Agent:
             states.close()
             context.term()
             self._handler.peers.close()
+            if self._handler.tracing is not None:
+                self._handler.tracing.close()
             await self._identity.close()
             self._heart.set(State.STOPPED)
             self._client.close()

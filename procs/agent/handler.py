@@ -8,6 +8,7 @@ from typing import Any
 from procs.agent.failures import abort_exception, exception
 from procs.agent.latency import Latency
 from procs.agent.peers import Peers
+from procs.agent.tracing import RequestSpan, Tracing, prompt_tokens
 from shared.engine_client import EngineClient, Stream, interleaved
 from shared.errors import Code, RequestError
 from shared.frames import Output
@@ -24,6 +25,7 @@ class Handler:
         self._streams: set[Stream] = set()
         self._handover = role.worker_type in ("Prefill", "Decode")
         self.peers = Peers()
+        self.tracing: Tracing | None = None
         self.latency = Latency()
         self.running = 0
         self.total = 0
@@ -41,14 +43,23 @@ class Handler:
         streams: list[Stream] = []
         started = False
         killed: asyncio.Future[Any] | None = None
+        span: RequestSpan | None = None
         try:
-            asked, opening = self._submit(request, context, streams)
+            headers = context.trace_headers()
+            if self.tracing is not None:
+                span = self.tracing.begin(context.id(), headers, prompt_tokens(request))
+                headers = span.headers
+            asked, opening = self._submit(request, context, headers, streams)
+            if span is not None:
+                span.submitted(streams[0].rid)
             killed = asyncio.ensure_future(context.async_killed_or_stopped())
             killed.add_done_callback(lambda done: None if done.cancelled() else _abort(streams, context))
             if opening is not None:
                 yield opening
             async for index, output in interleaved(streams):
                 self.peers.release(streams[index])
+                if span is not None:
+                    span.output(output)
                 if killed.done():
                     continue  # nobody listens; only the terminal outputs are waited for
                 if output.finish is not None and output.finish.get("type") == "abort" and not _is_verdict(output, asked):
@@ -63,8 +74,16 @@ class Handler:
                         self.on_chunk(chunk)
                     yield chunk
         except RequestError as error:
+            if span is not None:
+                span.failed(error)
             raise exception(error, started=started) from None  # Dynamo logs the whole chain
+        except BaseException as error:
+            if span is not None:
+                span.failed(error)
+            raise
         finally:
+            if span is not None:
+                span.end()
             if killed is not None:
                 killed.cancel()
             for stream in streams:
@@ -74,9 +93,13 @@ class Handler:
             self.running -= 1
             self.on_change()
 
-    def _submit(self, request: dict[str, Any], context: Any, streams: list[Stream]) -> tuple[Asked, Chunk | None]:
-        """Submit every sample; ``streams`` has those that were, also when one is refused."""
-        logging.debug("New Request ID: %s", context.id())
+    def _submit(
+        self, request: dict[str, Any], context: Any, headers: dict[str, str] | None, streams: list[Stream]
+    ) -> tuple[Asked, Chunk | None]:
+        """Submit every sample; ``streams`` has those that were, also when one is refused. ``headers``: of the trace."""
+        context_id = context.id()
+        ids = {"request_id": context_id, "trace_id": (headers or {}).get("traceparent", "")[3:35]}
+        logging.debug("New Request ID: %s", context_id, extra=ids)
         if reason := self._refuse():
             raise RequestError(Code.DRAINING, reason)
         if self._client.welcome is None:
@@ -84,23 +107,23 @@ class Handler:
         facts = self._client.welcome.facts
         if not isinstance(request, dict):
             raise RequestError(Code.INVALID, "invalid request: expected an object")
-        asked = Asked(request, facts, context.id(), context.trace_headers() if facts.traces else None)
+        asked = Asked(request, facts, context_id, headers if facts.traces else None)
         try:
             payloads = self._role.to_engine(asked)
             opening = self._role.opening(asked, payloads[0])
         except RequestError:
             raise
         except Exception as error:  # a defect of ours must not look like anything else
-            logging.exception("request %s was not understood", context.id())
+            logging.exception("request %s was not understood", context_id, extra=ids)
             raise RequestError(Code.INTERNAL, f"{type(error).__name__}: {error}") from None
         if self.first_token_source is not None:
             self.first_token_source.bind(context, (request.get("routing") or {}).get("dp_rank"))
         for payload in payloads:
-            stream = self._client.submit(payload)
+            stream = self._client.submit(payload, context_id)
             streams.append(stream)
             self._streams.add(stream)
             self._needs_peer(payload, stream)
-            logging.info("Submitted SGLang Request ID: %s, Context: %s", stream.rid, context.id())
+            logging.info("Submitted SGLang Request ID: %s, Context: %s", stream.rid, context_id, extra={**ids, "rid": stream.rid})
         return asked, opening
 
     def _needs_peer(self, payload: Payload, stream: Stream) -> None:
@@ -126,6 +149,6 @@ def _is_verdict(output: Output, asked: Asked) -> bool:
 
 def _abort(streams: list[Stream], context: Any) -> None:
     """The client has gone."""
-    logging.info("Aborted Request ID: %s", context.id())
+    logging.info("Aborted Request ID: %s", context.id(), extra={"request_id": context.id()})
     for stream in streams:
         stream.abort()

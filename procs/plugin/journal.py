@@ -5,6 +5,7 @@ and it never waits, as syslog(3) would. What journald can't take now waits here,
 """
 
 import contextlib
+import math
 import re
 import socket
 from collections import Counter, deque
@@ -14,12 +15,14 @@ from supervisor.loggers import Handler, LevelsByName
 
 SOCKET = "/run/systemd/journal/socket"
 LINE_BYTES = 48 * 1024
-"""A longer line is cut into several: what journald does with a service's output (LineMax=)."""
+"""A longer line is cut into several, numbered by SGNODE_PART: what journald does with a service's output (LineMax=)."""
 QUEUE_BYTES = 4 * 1024 * 1024
 """Lines that wait for a slow journald. They are in the log file as well."""
 PRIORITIES = {b"DEBUG": 7, b"INFO": 6, b"WARN": 4, b"WARNING": 4, b"ERROR": 3, b"CRITICAL": 2, b"FATAL": 2}
 """syslog(3)'s numbers for the levels of our log lines, SGLang's and Dynamo's; anything else is INFO."""
 LEVEL = re.compile(rb"\b(DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)\b")
+CONTINUED = (b" ", b"\t", b"Traceback (")
+"""So begin the lines of a traceback: they have the priority of the line before."""
 LEVEL_WITHIN = 64
 """Bytes at a line's beginning that a level is looked for in: after them, it is a word of the message."""
 
@@ -32,6 +35,8 @@ class Journal:
         self._path = path
         self._map = socket_map
         self._rest: dict[str, bytes] = {}
+        self._last: dict[str, int] = {}
+        """Priority of a process's line before."""
         self._queue: deque[bytes] = deque()
         self._bytes = 0
         self._lost: Counter[str] = Counter()
@@ -57,13 +62,18 @@ class Journal:
         """One line, or several when it is too long for one."""
         if priority is None:
             level = LEVEL.search(line[:LEVEL_WITHIN])
-            priority = PRIORITIES[level[1]] if level else 6
+            if level is None and line.startswith(CONTINUED):
+                priority = self._last.get(process, 6)
+            else:
+                priority = self._last[process] = PRIORITIES[level[1]] if level else 6
         head = f"PRIORITY={priority}\nSYSLOG_IDENTIFIER=sgnode-{process.replace(':', '-')}\nSGNODE_NODE={self._node}\n"
         head += f"SGNODE_PROCESS={process}\n" + (f"SYSLOG_PID={pid}\n" if pid else "")
-        for start in range(0, len(line), LINE_BYTES):
-            part = line[start : start + LINE_BYTES].rstrip()
+        parts = math.ceil(len(line) / LINE_BYTES)
+        for number in range(parts):
+            part = line[number * LINE_BYTES : (number + 1) * LINE_BYTES].rstrip()
             if part:
-                self._put(process, head.encode() + b"MESSAGE=" + part + b"\n")
+                which = f"SGNODE_PART={number + 1}/{parts}\n" if parts > 1 else ""
+                self._put(process, f"{head}{which}MESSAGE=".encode() + part + b"\n")
 
     def _put(self, process: str, datagram: bytes) -> None:
         if self._bytes + len(datagram) > QUEUE_BYTES:

@@ -18,12 +18,13 @@ from supervisor.rpcinterface import SupervisorNamespaceRPCInterface
 from supervisor.states import SupervisorStates, getProcessStateDescription
 from supervisor.xmlrpc import Faults, RPCError
 
-from procs.plugin import facts
+from procs.plugin import facts, logfile
 from procs.plugin.guard import ENGINE
 from procs.plugin.journal import Journal, OwnLog
 from procs.plugin.notify import Notify
 from procs.plugin.wakeup import Wakeup
 from procs.plugin.wants import DRAIN, SERVE, STOP, Wants
+from shared import logs
 from shared.config import EVENTS_SOCKET, LOG_DIR, NodeConfig
 from shared.frames import ProcessChange
 from shared.hang import Hangs
@@ -57,6 +58,8 @@ class Plugin:
         self._starts: Counter[str] = Counter()
         self._notify = Notify()
         self._wakeup = Wakeup(self._options, self._round)
+        logs.facts.update(process=SUPERVISORD, pid=os.getpid(), node=config.name)
+        logfile.install(self._options.logger)
         self._journal: Journal | None = None
         self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         events.subscribe(events.ProcessStateEvent, self._process_changed)
@@ -93,7 +96,9 @@ class Plugin:
         age = None if self._heard is None else time.monotonic() - self._heard
         document = facts.merge(self._document, age, self._processes(), self._ending)
         wants = self._wants
-        return json.dumps({**document, "want": wants.want, "want_reason": wants.reason, "hurry": wants.hurry})
+        return json.dumps(
+            {**document, "want": wants.want, "want_reason": wants.reason, "hurry": wants.hurry, "logs": logfile.look()}
+        )
 
     def want(self, want: str, reason: str) -> bool:
         """Drain the node or let it serve again

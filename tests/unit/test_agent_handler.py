@@ -28,12 +28,16 @@ class Context:
     def __init__(self) -> None:
         self.killed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.first = 0
+        self.headers: dict[str, str] | None = None
 
     def id(self) -> str:
         return "ctx"
 
     def async_killed_or_stopped(self) -> "asyncio.Future[bool]":
         return self.killed
+
+    def trace_headers(self) -> dict[str, str] | None:
+        return self.headers
 
     def notify_first_token(self) -> None:
         self.first += 1
