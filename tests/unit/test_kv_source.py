@@ -1,6 +1,7 @@
 """SGLang's frames over real sockets, played with holes: all in order with a replay socket, the loss known without one."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_what_sglang_keeps_no_longer_is_lost_and_the_rest_is_taken() -> None:
 
 def test_an_answer_that_stops_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SILENCE_SECONDS", 0.1)
-    monkeypatch.setattr(module, "AGAIN_SECONDS", 60.0)
+    monkeypatch.setattr(module, "LOOK_SECONDS", 60.0)
 
     async def test(player: Player, listen: Callable[..., Listener]) -> None:
         player.cut = 10
@@ -152,6 +153,41 @@ def test_an_answer_that_stops_is_asked_for_again(monkeypatch: pytest.MonkeyPatch
         await listener.until(lambda: len(listener.heard) == 25)
         assert listener.heard == list(range(25))
         assert player.asked == [0, 10, 20] and listener.source.lost == 0
+
+    run(test)
+
+
+def test_a_lost_frame_with_none_after_it_is_asked_for_after_a_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.1)
+
+    async def test(player: Player, listen: Callable[..., Listener]) -> None:
+        listener = listen(replay=True)
+        player.say(0)
+        await listener.connected()
+        player.say(1)
+        player.say(2, heard=False)
+        await listener.until(lambda: 2 in listener.heard)
+        player.say(3, heard=False)
+        await listener.until(lambda: 3 in listener.heard)
+        assert listener.heard == [0, 1, 2, 3] and listener.source.replayed >= 2
+
+    run(test)
+
+
+def test_while_frames_come_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.05)
+
+    async def test(player: Player, listen: Callable[..., Listener]) -> None:
+        listener = listen(replay=True)
+        player.say(0)
+        await listener.connected()
+        asked, began = len(player.asked), time.monotonic()
+        for number in range(1, 200):
+            player.say(number)
+            await asyncio.sleep(0.001)
+        await listener.until(lambda: 199 in listener.heard)
+        looks = (time.monotonic() - began) / module.LOOK_SECONDS
+        assert len(player.asked) - asked < looks / 2, "a busy host may hold us up now and then"
 
     run(test)
 

@@ -8,7 +8,7 @@ UnifiedTreeCore._is_device_leaf, RadixCache.evict), so a child that is stored pr
 """
 
 from array import array
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import msgspec
@@ -21,10 +21,10 @@ CHAIN_BLOCKS = 256
 
 
 class Block(msgspec.Struct, gc=False):
-    """``held``: how many nodes of SGLang's tree have this hash, at least: those of several LoRA adapters or salts may."""
+    """``tokens``: 4 bytes each. ``held``: how many nodes of SGLang's tree have this hash at least; several adapters' or salts' may."""
 
     parent: int | None
-    tokens: "array[int]"
+    tokens: bytes
     lora: str | None
     salt: str | None
     held: int = 1
@@ -57,8 +57,8 @@ class Mirror:
     """``exact``: nothing was lost of this engine's events, or its cache was empty since. Otherwise blocks may be missing.
 
     ``blocks`` are there for certain, ``unsure`` ones perhaps: no more of them than there have been blocks at once.
-    ``events`` taken; ``clears`` among them; ``unplaced``: blocks that couldn't be taken, because their parent isn't known or their
-    size is another.
+    ``events`` taken, ``clears`` among them; ``unplaced``: blocks that couldn't be taken, because their parent isn't known or
+    their size is another.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -115,21 +115,30 @@ class Mirror:
         return gone
 
     def _stored(self, event: BlockStored) -> list[Change]:
-        size, count, parent = self.block_size, len(event.block_hashes), event.parent_block_hash
+        size, hashes, parent = self.block_size, event.block_hashes, event.parent_block_hash
+        count = len(hashes)
         chains: list[Chain] = []
         if event.block_size != size or len(event.token_ids) != count * size or not self._prove(parent, chains):
             self.unplaced += count
             return []
-        for index, each in enumerate(event.block_hashes):
-            known = self.blocks.get(each)
-            if known is not None:
-                known.held += 1
-            else:
-                self.unsure.pop(each, None)
-                tokens = _flat(event.token_ids[index * size : (index + 1) * size])
-                self.blocks[each] = Block(parent, tokens, event.lora_name, event.cache_salt)
-                self._extend(chains, each)
-            parent = each
+        tokens = _flat(event.token_ids)
+        more = len(tokens) - count * size  # 1 with pairs
+        packed = array("i", tokens).tobytes()
+        for known, group in groupby(range(count), lambda index: hashes[index] in self.blocks):
+            indices = list(group)
+            start, end = indices[0], indices[-1] + 1
+            if known:
+                for each in hashes[start:end]:
+                    self.blocks[each].held += 1
+                parent = hashes[end - 1]
+                continue
+            of_chain = tokens[start * size : end * size + more]
+            chains.append(Chain(parent, hashes[start:end], of_chain, event.lora_name, event.cache_salt, bool(more)))
+            for index in indices:
+                self.unsure.pop(hashes[index], None)
+                of_block = packed[index * size * 4 : ((index + 1) * size + more) * 4]
+                self.blocks[hashes[index]] = Block(parent, of_block, event.lora_name, event.cache_salt)
+                parent = hashes[index]
         return list(chains)
 
     def _prove(self, each: int | None, chains: list[Chain]) -> bool:
@@ -162,7 +171,8 @@ class Mirror:
     def _extend(self, chains: list[Chain], each: int) -> None:
         """Put a block at the end of the last chain if it follows there, else begin another."""
         block = self.blocks[each]
-        eagle = len(block.tokens) > self.block_size
+        tokens = array("i", block.tokens).tolist()
+        eagle = len(tokens) > self.block_size
         last = chains[-1] if chains else None
         if (
             last is None
@@ -170,16 +180,16 @@ class Mirror:
             or (last.lora, last.salt, last.eagle) != (block.lora, block.salt, eagle)
             or len(last.hashes) >= CHAIN_BLOCKS
         ):
-            chains.append(Chain(block.parent, [each], block.tokens.tolist(), block.lora, block.salt, eagle))
+            chains.append(Chain(block.parent, [each], tokens, block.lora, block.salt, eagle))
             return
         if eagle:
             last.tokens.pop()  # it is the first of this block
         last.hashes.append(each)
-        last.tokens += block.tokens
+        last.tokens += tokens
 
 
-def _flat(tokens: list[Any]) -> "array[int]":
-    """A block's tokens, 4 bytes each; of pairs the first ones and the last one's second."""
-    if isinstance(tokens[0], tuple):
-        return array("i", [*(pair[0] for pair in tokens), tokens[-1][1]])
-    return array("i", tokens)
+def _flat(tokens: list[Any]) -> list[int]:
+    """Of pairs the first ones and the last one's second: each block's last pair reaches into the next block."""
+    if tokens and isinstance(tokens[0], tuple):
+        return [*(pair[0] for pair in tokens), tokens[-1][1]]
+    return tokens

@@ -17,8 +17,9 @@ ANSWER_SECONDS = 5.0
 """For the first word of an answer: SGLang looks at its replay socket ten times a second."""
 SILENCE_SECONDS = 0.5
 """Between two frames of an answer: it is sent in one go. SGLang's ROUTER drops what a line can't take at once, the end too."""
-AGAIN_SECONDS = 1.0
-"""A subscription on loopback takes milliseconds."""
+LOOK_SECONDS = 1.0
+"""Silent for so long, SGLang is asked: the last frame before a silence may be the lost one, which no later one gives away.
+It also brings what was said after the first answer and before the subscription reached SGLang."""
 AHEAD_FRAMES = 50_000
 """Frames kept while those before them are asked for; five times SGLang's own buffer."""
 MAX_BYTES = 64 << 20
@@ -60,10 +61,11 @@ class Source:
         self._asking: LoopSocket | None = None
         self._asked = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._again: asyncio.TimerHandle | None = None
+        self._silent = True
+        self._look: asyncio.TimerHandle | None = None
         if replay is not None:
             self._ask()  # what was said before this relay listened
-            self._again = asyncio.get_running_loop().call_later(AGAIN_SECONDS, self._ask_again)
+            self._look = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look_again)
 
     @property
     def replays(self) -> bool:
@@ -73,10 +75,11 @@ class Source:
     def close(self) -> None:
         self._live.close()
         self._end_asking()
-        if self._again is not None:
-            self._again.cancel()
+        if self._look is not None:
+            self._look.cancel()
 
     def _heard(self, parts: list[bytes]) -> None:
+        self._silent = False
         if len(parts) != 3 or len(parts[1]) != 8:
             self.malformed += 1
             return
@@ -120,10 +123,11 @@ class Source:
         self._asking.send([b"", self._next.to_bytes(8, "big")])
         self._wait(ANSWER_SECONDS)
 
-    def _ask_again(self) -> None:
-        """What was said after the first answer and before the subscription reached SGLang."""
-        if self._asking is None:
+    def _look_again(self) -> None:
+        if self._silent and self._asking is None:
             self._ask()
+        self._silent = True
+        self._look = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look_again)
 
     def _wait(self, seconds: float) -> None:
         if self._timer is not None:
