@@ -14,6 +14,8 @@ from shared.config import RUNTIME_DIR_VARIABLE, TEMPORARY_DIR
 
 FAMILIES = ("sglang_", "sgl_shm_", "multi_tokenizer_args_", "psm_", "sem.mp-", "cuda.shm.", "nccl-")
 """Beginnings of names in /dev/shm: SGLang 0.5.23's, Python's multiprocessing's, CUDA's and NCCL's."""
+MARK = "sgnode-"
+"""In the names of what an engine of a node makes; its keeper removes them (procs/keeper/life.py)."""
 MUCH_BYTES = 100 << 20
 MANY = 10_000
 INCARNATION_VARIABLE = "SGNODE_INCARNATION"
@@ -57,7 +59,8 @@ def unused(directory: Path, used: set[str]) -> list[File]:
             stat = entry.stat(follow_symlinks=False)
         except OSError:
             continue
-        if entry.name.startswith(FAMILIES) and entry.name not in used and stat.st_uid == os.geteuid():
+        ours = MARK in entry.name or entry.name.startswith(FAMILIES)
+        if ours and entry.name not in used and stat.st_uid == os.geteuid():
             found.append(File(Path(entry.path), stat.st_blocks * 512))
     return found
 
@@ -69,7 +72,7 @@ def shared_memory(files: list[File]) -> Finding:
     words = f"{len(files)} files in {SHM} that no process has, {size / 1e6:.1f} MB (the first: {files[0].path.name})"
     if size < MUCH_BYTES and len(files) < MANY:
         return ok("leftovers", words)
-    return warning("leftovers", words, f"remove them: `rm {SHM}/{files[0].path.name}` …")
+    return warning("leftovers", words, "remove them, unless another container shares it")
 
 
 def marked(directory: Path) -> Iterator[tuple[int, str]]:

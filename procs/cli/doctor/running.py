@@ -30,7 +30,11 @@ LOST_COUNTS = {
     "kv_blocks_unplaced": "KV blocks that could not be taken",
 }
 """Numbers in a process's beat that stay 0 as long as all is well."""
-ERROR_LINE = re.compile(r"^.{0,48}\b(ERROR|CRITICAL|FATAL)\b|\"level\": ?\"(ERROR|CRITICAL|FATAL|error)\"")
+LEVEL_WORD = re.compile(r"\b(DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)\b")
+LEVEL_WITHIN = 64
+"""Of a line: after that, it is a word of the message."""
+JSON_ERROR = re.compile(r'"level": ?"(ERROR|CRITICAL|FATAL)"', re.IGNORECASE)
+BAD = ("ERROR", "CRITICAL", "FATAL")
 WRITTEN = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)")
 PATIENCE = (State.WAITING, State.STARTING, State.LOADING, State.WARMING)
 
@@ -191,7 +195,7 @@ def errors(directory: Path, now: float) -> Iterator[Finding]:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
-        found = [line for line in lines if ERROR_LINE.search(line) and fresh(line, now)]
+        found = [line for line in lines if is_error(line) and fresh(line, now)]
         if found:
             quiet = False
             last = found[-1] if len(found[-1]) <= 160 else found[-1][:159] + "…"
@@ -200,9 +204,17 @@ def errors(directory: Path, now: float) -> Iterator[Finding]:
         yield ok("log", f"no ERROR line in {directory} of the last day")
 
 
+def is_error(line: str) -> bool:
+    """A line of our processes, of SGLang's or Dynamo's, or JSON."""
+    if line.startswith("{"):
+        return JSON_ERROR.search(line) is not None
+    level = LEVEL_WORD.search(line[:LEVEL_WITHIN])
+    return level is not None and level[1] in BAD
+
+
 def fresh(line: str, now: float) -> bool:
     """Written within NEWS_SECONDS; a line without a time counts."""
-    match = WRITTEN.search(line[:64])
+    match = WRITTEN.search(line[:LEVEL_WITHIN])
     if match is None:
         return True
     return now - datetime.fromisoformat(f"{match[1]} {match[2]}").timestamp() < NEWS_SECONDS
