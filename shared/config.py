@@ -51,7 +51,7 @@ class Synthetic(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int = 512
     context_length: int = 1_000_000
     fault: str = ""
-    """``load``: die while loading; ``hang``: stop stepping; empty: none."""
+    """``load``: die while loading; ``hang``: stop stepping; empty: none. Others at run time (procs/engine/synthetic.py)."""
     children: int = 2
     """Child processes, standing where SGLang has its scheduler and detokenizer."""
 
@@ -100,6 +100,16 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     hang_timeout: float = 300.0
     canary_wait: float = 10.0
     canary_timeout: float = 30.0
+    busy_stall: float = 60.0
+    """For one step of SGLang's scheduler."""
+    canaries: bool = True
+    """DYN_HEALTH_CHECK_ENABLED=false: each engine's first canaries only."""
+    health_check_payload: dict[str, Any] | None = None
+    """The operator's canary, as a request of Dynamo's."""
+    health_path: str = "/health"
+    live_path: str = "/live"
+    starting_status: str = "notready"
+    """What /health says before an engine was judged."""
 
     @property
     def path(self) -> Path:

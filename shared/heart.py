@@ -10,13 +10,14 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from shared import log_levels, logs
 from shared.frames import Beat, Frame
 from shared.sockets import encode, publisher
 from shared.state import BEAT_SECONDS, State
 
 
 class Heart:
-    """Owns the state PUB of a process. Not thread-safe, except inside ``beating_from_a_thread``."""
+    """Owns the state PUB of a process. One thread changes the state; in ``beating_from_a_thread`` another one says it as well."""
 
     def __init__(self, runtime_dir: Path, process: str, *, incarnation: int = 0, epoch: int = 0) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
@@ -47,6 +48,8 @@ class Heart:
         info: dict[str, str] | None = None,
     ) -> None:
         """Change the state and say so at once."""
+        if incarnation:
+            logs.facts["incarnation"] = incarnation
         old = self._beat
         self._beat = msgspec.structs.replace(
             old,
@@ -70,14 +73,19 @@ class Heart:
     def publish(self, frame: Frame) -> None:
         """Publish any frame of this socket's union."""
         with self._lock:
-            if not self._sock.closed:
-                self._sock.send(encode(frame), zmq.NOBLOCK)
+            self._send(frame)
+
+    def _send(self, frame: Frame) -> None:
+        if not self._sock.closed:
+            self._sock.send(encode(frame), zmq.NOBLOCK)
 
     def say(self) -> None:
         """Publish the current Beat and what is repeated with it."""
-        self.publish(msgspec.structs.replace(self._beat, numbers=self.numbers()))
-        for frame in self.repeat():
-            self.publish(frame)
+        log_levels.follow()
+        with self._lock:  # or an older state could be said after a newer one
+            self._send(msgspec.structs.replace(self._beat, numbers=self.numbers()))
+            for frame in self.repeat():
+                self._send(frame)
 
     def start(self) -> None:
         """Beat from the running loop until close()."""
@@ -88,9 +96,9 @@ class Heart:
             self.say()
             await asyncio.sleep(BEAT_SECONDS)
 
-    def beating_from_a_thread(self) -> "_ThreadBeat":
-        """Context manager: beats go on while the caller blocks (an engine being built)."""
-        return _ThreadBeat(self)
+    def beating_from_a_thread(self, look: Callable[[], None] = lambda: None) -> "_ThreadBeat":
+        """Context manager: beats go on while the caller blocks (an engine being built). ``look`` is called before each."""
+        return _ThreadBeat(self, look)
 
     def close(self) -> None:
         if self._task is not None:
@@ -101,13 +109,15 @@ class Heart:
 
 
 class _ThreadBeat:
-    def __init__(self, heart: Heart) -> None:
+    def __init__(self, heart: Heart, look: Callable[[], None]) -> None:
         self._heart = heart
+        self._look = look
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
 
     def _run(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
+            self._look()
             self._heart.say()
 
     def __enter__(self) -> None:

@@ -15,7 +15,6 @@ from dynamo.common.configuration.groups.router_args import build_router_config, 
 from dynamo.common.utils.endpoint_types import parse_endpoint_types
 from dynamo.common.utils.prometheus import LLMBackendMetrics, register_engine_metrics_callback
 from dynamo.common.utils.topology import apply_topology_config
-from dynamo.health_check import HEALTH_CHECK_KEY, load_health_check_from_env
 from dynamo.llm import (
     ModelInput,
     ModelRuntimeConfig,
@@ -36,6 +35,7 @@ from shared.config import NodeConfig
 from shared.errors import NodeError
 from shared.frames import EngineFacts, KvUse, Serving, Welcome
 from shared.registrations import Registration, hold
+from shared.roles import canary
 from shared.roles.role import Role
 
 CLOSE_SECONDS = 5.0
@@ -71,7 +71,11 @@ class Identity:
         worker = self._generate.connection_id()
         self.worker_id = str(worker)
         store = os.environ.get("DYN_FILE_KV", "") if dynamo.discovery_backend == "file" else ""
-        hold(config.path, Registration(name, worker, dynamo.discovery_backend, store))
+        try:
+            hold(config.path, Registration(name, worker, dynamo.discovery_backend, store))
+        except OSError as error:
+            words = "should it die, discovery shows it until its lease is over; make room there, then `sgnode restart agent`"
+            logging.error("registrations in %s: %s: this agent serves all the same; %s", config.path, error.strerror, words)
         self._store = FileStore(Path(store), dynamo.endpoint, worker) if store else None
         self._serving: list[asyncio.Future[Any]] = []
         self._closing = False
@@ -254,11 +258,8 @@ class Identity:
         self._serving.append(serving)
 
     def _canary(self, facts: EngineFacts) -> dict[str, Any]:
-        """Dynamo's canary, or the operator's (DYN_HEALTH_CHECK_PAYLOAD); its mark stays (dynamo.health_check)."""
-        payload = self._role.canary_request(facts)
-        given = load_health_check_from_env()
-        mark = {HEALTH_CHECK_KEY: True} if payload.get(HEALTH_CHECK_KEY) else {}
-        return {**(given if given is not None else payload), **mark}
+        """For Dynamo's own health check of the endpoint (DYN_HEALTH_CHECK_ENABLED)."""
+        return canary.request(self._role, facts, self._config.health_check_payload)
 
     async def _register_model(self, welcome: Welcome) -> None:
         facts, dynamo = welcome.facts, self._config.dynamo

@@ -9,8 +9,10 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from procs.cli import health
 from shared.config import Synthetic
 from shared.errors import NodeError
+from shared.logs import JSONL, READABLE
 
 DESCRIPTION = """\
 Run one node in the foreground: the engine and its side processes under supervisord.
@@ -48,13 +50,14 @@ class NodeFlags:
     drain_grace: float
     drain_timeout: float
     hang_timeout: float
-    canary_wait: float
-    canary_timeout: float
+    health: dict[str, Any]
+    """Fields of NodeConfig that Dynamo's variables for health checks and the system port set."""
     group_port: int | None
     group_key_file: str | None
     group_deadline: float
     synthetic: Synthetic | None
     console: bool
+    log_format: str | None
     worker_argv: list[str]
     """Arguments of the command line that are not the node's."""
     worker_file: dict[str, Any]
@@ -162,6 +165,11 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
         default=2.0,
         help="seconds without a sign of life of another node that end the epoch everywhere (default: %(default)g)",
     )
+    add(
+        "--log-format",
+        choices=(READABLE, JSONL),
+        help="of every process's log lines (default: DYN_LOGGING_CONSOLE_FORMAT, DYN_LOGGING_JSONL, or readable)",
+    )
     add("--console", action=argparse.BooleanOptionalAction, default=True, help="show progress on standard output")
     add("--synthetic", type=_synthetic, help=argparse.SUPPRESS)
     return made
@@ -195,13 +203,13 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> NodeF
         drain_grace=found.drain_grace,
         drain_timeout=found.drain_timeout,
         hang_timeout=found.hang_timeout,
-        canary_wait=max(0.1, _environment_seconds(environ, "DYN_CANARY_WAIT_TIME", 10.0)),
-        canary_timeout=max(0.1, _environment_seconds(environ, "DYN_HEALTH_CHECK_REQUEST_TIMEOUT", 30.0)),
+        health=health.read(environ),
         group_port=found.group_port,
         group_key_file=found.group_key_file,
         group_deadline=found.group_deadline,
         synthetic=found.synthetic,
         console=found.console,
+        log_format=found.log_format,
         worker_argv=_model_flag(rest),
         worker_file={flag: value for flag, value in written.items() if flag not in known},
         config_file=file,

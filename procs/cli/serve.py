@@ -22,7 +22,7 @@ from procs.cli import flags, runtime_dir
 from procs.cli.flags import NodeFlags
 from procs.launch import interpreter
 from shared import config as configuration
-from shared import environment, roles
+from shared import environment, logs, roles
 from shared import group_key as key
 from shared.config import DISCOVERY_DIR, RUNTIME_DIR_VARIABLE, SUPERVISOR_CONF, TEMPORARY_DIR, NodeConfig
 from shared.errors import NodeError
@@ -69,6 +69,8 @@ def main(argv: list[str]) -> int:
         print("\n" + _check_child({"help": True}, dict(os.environ))["help"])
         return 0
     found = flags.parse(argv)
+    logs.ask(found.log_format)
+    logs.check(os.environ)
     directory = (found.runtime_dir or runtime_dir.default(found.name)).absolute()
     runtime_dir.check_length(directory, ["coordinator", *(f"agent:{i}" for i in range(found.agents))])
     check_files(found)
@@ -207,8 +209,7 @@ def resolve(
         drain_grace=found.drain_grace,
         drain_timeout=found.drain_timeout,
         hang_timeout=found.hang_timeout,
-        canary_wait=found.canary_wait,
-        canary_timeout=found.canary_timeout,
+        **found.health,
         group_port=found.group_port,
         group_key_file=None if found.group_key_file is None else str(Path(found.group_key_file).absolute()),
         group_deadline=found.group_deadline,

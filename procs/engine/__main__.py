@@ -9,10 +9,11 @@ import sys
 import zmq
 
 from procs.engine.backend import Backend
+from procs.engine.load_progress import LoadProgress
 from procs.engine.service import Service
 from shared import config as configuration
 from shared import logs, sockets
-from shared.config import NodeConfig
+from shared.config import LOG_DIR, NodeConfig
 from shared.errors import NodeError
 from shared.heart import Heart
 from shared.state import State
@@ -39,7 +40,6 @@ async def serve(config: NodeConfig, backend: Backend, heart: Heart, incarnation:
     router = sockets.router(context, config.path, sockets.REQUESTS)
     service = Service(backend, router, heart, incarnation=incarnation, epoch=epoch)
     backend.start(service, stopping.set)
-    heart.start()
     heart.set(State.WARMING, waiting_for="the first requests through the engine")
     await backend.warm()
     service.start()
@@ -63,10 +63,18 @@ def main() -> int:
     heart = Heart(config.path, "engine", incarnation=incarnation, epoch=epoch)
     # While loading there is nothing to finish: leave at once, the keeper ends the children.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    heart.set(State.LOADING, f"loading {config.served_model_name}", waiting_for="weights and warm-up")
-    with heart.beating_from_a_thread():
+    progress = LoadProgress(config.path / LOG_DIR / "engine.log")
+
+    def loading() -> None:
+        words = ": ".join(filter(None, (f"loading {config.served_model_name}", progress.look())))
+        heart.set(State.LOADING, words, waiting_for="weights and warm-up")
+
+    loading()
+    with heart.beating_from_a_thread(loading):
         backend = build(config, incarnation)
-    asyncio.run(serve(config, backend, heart, incarnation, epoch))
+    # Also while it serves: a loop that is blocked for some seconds is no dead engine (the Beat's loop_lag says for how long).
+    with heart.beating_from_a_thread():
+        asyncio.run(serve(config, backend, heart, incarnation, epoch))
     backend.close()
     heart.close()
     logging.shutdown()

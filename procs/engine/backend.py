@@ -52,5 +52,8 @@ class Backend(Protocol):
     async def control(self, op: str, args: dict[str, Any]) -> Any:
         """Run an engine control and return plain data. Raises ValueError for an unknown one or bad arguments."""
 
+    def numbers(self) -> dict[str, float]:
+        """Numbers for the engine's Beat, a DP rank's with ``_dpN`` at the end. Called from a thread beside the loop."""
+
     def close(self) -> None:
         """Release what the engine holds; nothing is called afterwards."""

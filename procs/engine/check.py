@@ -164,6 +164,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
         "worker_argv": argv,
         "role": _role(server, dynamo),
         "text_mode": bool(dynamo.use_sglang_tokenizer),
+        "health_check_payload": _health_check(server, dynamo),
         "gateway_workers": _gateway_workers(server, dynamo),
         "model_path": server.model_path,
         "served_model_name": server.served_model_name,
@@ -200,6 +201,36 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
             "engine_request_limit": getattr(dynamo, "engine_request_limit", None),
         },
     }
+
+
+def _health_check(server: Any, dynamo: Any) -> dict[str, Any] | None:
+    """--health-check-payload or DYN_HEALTH_CHECK_PAYLOAD: JSON or @FILE, a request that the role can take. Raises ValueError."""
+    given = getattr(dynamo, "health_check_payload", None)
+    if not given:
+        return None
+    from shared import roles
+    from shared.errors import RequestError
+    from shared.frames import EngineFacts
+    from shared.roles import canary
+
+    flag = "--health-check-payload"
+    try:
+        payload = json.loads(Path(given[1:]).read_text(encoding="utf-8") if given.startswith("@") else given)
+    except OSError as error:
+        raise ValueError(f"{flag} {given}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{flag}: not JSON: {error}") from error
+    if not isinstance(payload, dict):
+        raise ValueError(f"{flag}: expected a JSON object, got {type(payload).__name__}")
+    role = roles.find(_role(server, dynamo), text=bool(dynamo.use_sglang_tokenizer))
+    name = str(server.served_model_name)
+    # As far as a request depends on the engine before there is one.
+    facts = EngineFacts(role.name, "", "", "", name, 0, 1, 1, None, None, None, 0, 1, None, [], 0.0, fake_bootstrap_host="fake")
+    try:
+        canary.payload(role, facts, json.loads(json.dumps(payload)), None)
+    except RequestError as error:
+        raise ValueError(f"{flag}: {error.message}") from error
+    return payload
 
 
 def _is_for_runtime(name: str, value: str, before: dict[str, str]) -> bool:

@@ -44,6 +44,9 @@ WINDOW = 64
 STALL_SECONDS = 30.0
 """A peer that takes no frame for so long, while some wait, has its requests aborted."""
 
+WATCH_SECONDS = 0.5
+"""How often stalled peers are looked for, and how exactly the loop's lag is known."""
+
 
 @dataclass
 class Peer:
@@ -66,6 +69,8 @@ class Stream:
 
     peer: Peer
     sent: int = 0
+    context: str = ""
+    """The frontend's id of the request."""
 
 
 class Service:
@@ -84,6 +89,9 @@ class Service:
         self._controls: set[asyncio.Task[None]] = set()
         self._steps = 0
         self._tokens = 0
+        self._outputs = 0
+        self._turned = time.monotonic()
+        """When the event loop was last known to turn."""
         self._loop = asyncio.get_running_loop()
         self._watch: asyncio.TimerHandle | None = None
         self._serving = Serving(incarnation)
@@ -95,11 +103,15 @@ class Service:
         self._watch_stalls()
 
     def numbers(self) -> dict[str, float]:
-        """Counters for Beat: requests running, engine steps and tokens handed on, frames dropped, peers."""
+        """Counters for Beat, said from a thread beside the loop: it may be just this loop that doesn't turn."""
         return {
+            **self._backend.numbers(),
             "inflight": len(self._streams),
             "steps": self._steps,
             "tokens": self._tokens,
+            "outputs": self._outputs,
+            "controls": len(self._controls),
+            "loop_lag": max(0.0, time.monotonic() - self._turned - WATCH_SECONDS),
             "dropped_frames": self._decoder.dropped,
             "peers": len(self._peers),
             "load_seconds": self._backend.facts.load_seconds,
@@ -171,7 +183,9 @@ class Service:
         elif submit.incarnation != self._incarnation:
             self._send(peer.identity, Failed(rid, Code.STALE, f"meant for incarnation {submit.incarnation}"))
         else:
-            self._streams[rid] = Stream(peer)
+            self._streams[rid] = Stream(peer, context=submit.context)
+            ids = {"rid": rid, "request_id": submit.context}
+            logging.debug("New SGLang Request ID: %s, Context: %s", rid, submit.context, extra=ids)
             peer.rids.add(rid)
             self._backend.submit(rid, submit.payload)
 
@@ -198,6 +212,8 @@ class Service:
         meta: dict[str, Any] | None,
         text: str | None = None,
     ) -> None:
+        if token_ids or (finish is not None and finish.get("type") != "abort"):
+            self._outputs += 1
         stream = self._streams.get(rid)
         if stream is None:
             return
@@ -209,7 +225,8 @@ class Service:
             del self._streams[rid]
             peer.rids.discard(rid)
             if finish.get("type") == "abort":
-                logging.info("Aborted Request ID: %s after %d tokens", rid, stream.sent)
+                ids = {"rid": rid, "request_id": stream.context}
+                logging.info("Aborted Request ID: %s, Context: %s, after %d tokens", rid, stream.context, stream.sent, extra=ids)
         older = peer.waiting.get(rid)
         peer.waiting[rid] = output if older is None else merge(older, output)
         if not peer.flushing:
@@ -298,7 +315,7 @@ class Service:
         logging.info("peer %s is gone (%s), %d of its requests aborted", peer.name, why, len(rids))
 
     def _watch_stalls(self) -> None:
-        now = time.monotonic()
+        self._turned = now = time.monotonic()
         for peer in list(self._peers.values()):
             if peer.blocked_since is not None and now - peer.blocked_since > STALL_SECONDS:
                 logging.error("peer %s takes no tokens for %d s: cut off", peer.name, STALL_SECONDS)
@@ -309,4 +326,4 @@ class Service:
                 peer.rids.clear()
                 peer.waiting.clear()
                 peer.blocked_since = None
-        self._watch = self._loop.call_later(1.0, self._watch_stalls)
+        self._watch = self._loop.call_later(WATCH_SECONDS, self._watch_stalls)

@@ -2,6 +2,10 @@
 
 Tokens are a function of the first prompt token and the position, so a lost, doubled or reordered one shows, and a
 stream that migrates to another synthetic engine goes on where it stopped.
+
+Faults at run time: POST /engine/fault {"kind": KIND, "seconds": N}. ``prefill``: steps without a token; ``step``: one step that
+takes so long; ``deadlock``: no step any more, alive; ``lost``: tokens are made and never handed on; ``loop``: the event loop is
+blocked; ``update``: a control that takes so long while nothing steps.
 """
 
 import asyncio
@@ -25,6 +29,7 @@ signal.pause()
 """
 """Stands where SGLang has its scheduler and detokenizer: dies with its parent, named so that a keeper knows it."""
 BLOCK_SIZE = 16
+FAULTS = ("prefill", "step", "deadlock", "lost", "loop", "update")
 
 
 def token_at(first: int, position: int, vocab_size: int) -> int:
@@ -60,6 +65,9 @@ class SyntheticBackend:
         self._sink: Sink | None = None
         self._serving = Serving(incarnation)
         self.info: dict[str, str] = {}
+        self._fault, self._fault_until = "", 0.0
+        self._steps = self._outputs = 0
+        self._step_at: float | None = None
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self.facts = EngineFacts(
@@ -122,6 +130,8 @@ class SyntheticBackend:
                 asleep = True
             case "resume_memory_occupation":
                 asleep = False
+            case "fault" if args["body"].get("kind") in FAULTS:
+                return await self._break(args["body"]["kind"], float(args["body"]["seconds"]))
             case path:
                 raise RequestError(Code.UNKNOWN, f"no engine route {path!r}")
         self._serving = Serving(self._incarnation, paused, asleep)
@@ -136,6 +146,29 @@ class SyntheticBackend:
             child.kill()
             child.wait()
 
+    async def _break(self, kind: str, seconds: float) -> dict[str, str]:
+        self._fault, self._fault_until = kind, time.monotonic() + seconds
+        if kind == "loop":
+            asyncio.get_running_loop().call_later(0.1, time.sleep, seconds)  # after the answer
+        elif kind == "update":
+            await asyncio.sleep(seconds)
+        return {"status": "ok"}
+
+    def _broken(self, *kinds: str) -> bool:
+        return self._fault in kinds and time.monotonic() < self._fault_until
+
+    def numbers(self) -> dict[str, float]:
+        """As SGLang's schedulers (procs.engine.adapter.scheduler)."""
+        at, running = self._step_at, min(len(self._requests), self._dials.max_running_requests)
+        return {
+            "scheduler_steps_dp0": self._steps,
+            "scheduler_outputs_dp0": self._outputs,
+            "scheduler_busy_dp0": float(bool(self._requests)),
+            "scheduler_step_seconds_dp0": 0.0 if at is None else time.monotonic() - at,
+            "running_dp0": running,
+            "waiting_dp0": len(self._requests) - running,
+        }
+
     async def _run(self) -> None:
         assert self._sink is not None
         dials = self._dials
@@ -147,6 +180,18 @@ class SyntheticBackend:
             if dials.fault == "hang":
                 await asyncio.sleep(3600)
             began = time.monotonic()
+            if self._broken("deadlock", "update"):
+                await asyncio.sleep(dials.step_seconds)
+                continue
+            self._steps += 1
+            self._step_at = began
+            if self._broken("step"):
+                await asyncio.sleep(max(0.0, self._fault_until - began))
+            self._step_at = None
+            if self._broken("prefill"):
+                await asyncio.sleep(dials.step_seconds)
+                continue
+            self._outputs += 1
             for rid in list(self._requests)[: dials.max_running_requests]:
                 self._step(rid, self._requests[rid])
             if began >= next_report:
@@ -166,6 +211,9 @@ class SyntheticBackend:
         request.position += count
         request.left -= count
         request.done += count
+        if self._broken("lost"):
+            request.left += count  # the stream goes on when they come through again, with a hole that nobody is told of
+            return
         finish = {"type": "length", "length": request.done} if request.left == 0 else None
         if finish is not None:
             del self._requests[rid]

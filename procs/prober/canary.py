@@ -1,23 +1,37 @@
-"""Canaries: the smallest real request by the same road as every other, and the verdict that follows from them."""
+"""Canaries: the smallest real request by the same road as every other, one to each DP rank, and the verdict that follows."""
 
 import asyncio
+import copy
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
+from procs.prober.judge import STRIKES, Limits, Rank, WayOut, blocked
 from shared.config import NodeConfig
-from shared.engine_client import EngineClient
+from shared.engine_client import EngineClient, Stream
 from shared.errors import RequestError
 from shared.frames import Beat, Verdict, Welcome
-from shared.roles.role import Role
+from shared.roles import canary
+from shared.roles.role import Payload, Role
 from shared.state import State
 
-FIRST_SECONDS = 600.0
-"""For the first canary of an incarnation: it may compile kernels."""
-STRIKES = 2
-"""Failures in a row before an engine that was healthy is not."""
-OWN_STEPS = 2
-"""Engine steps that a canary itself makes at most: so few in a whole interval still mean an idle engine."""
+TICK_SECONDS = 0.25
+"""How often deadlines are looked at; everything else comes as an event."""
+
+
+@dataclass
+class Probe:
+    """A canary that is out."""
+
+    sent: float
+    stream: Stream | None
+    answer: "asyncio.Task[str]"
+
+    def end(self) -> None:
+        self.answer.cancel()
+        if self.stream is not None:
+            self.stream.abort()
 
 
 class Canary:
@@ -25,19 +39,20 @@ class Canary:
 
     def __init__(self, config: NodeConfig, role: Role, client: EngineClient, said: Callable[[], None]) -> None:
         self._config = config
+        self._limits = Limits(config.canary_wait, config.canary_timeout, config.busy_stall)
         self._role = role
         self._client = client
-        self._client.on_change = self._wake
-        self._said = said
-        self._strikes = 0
         self._changed = asyncio.Event()
+        self._client.on_change = self._changed.set
+        self._said = said
         self._stopped = ""
         self._resting = False
+        self._welcome: Welcome | None = None
+        self._ranks: list[Rank] = []
+        self._probes: dict[int | None, Probe] = {}
+        self._out = WayOut(self._limits)
         self.engine: Beat | None = None
         self.verdict: Verdict | None = None
-
-    def _wake(self) -> None:
-        self._changed.set()
 
     def hear_stopped(self, words: str) -> None:
         """What the keeper says of a process that is stopped by a signal; empty when all run."""
@@ -52,97 +67,126 @@ class Canary:
         if resting != self._resting:
             self._resting = resting
             self._changed.set()
+        if resting or self._welcome is None or beat.incarnation != self._welcome.incarnation:
+            return
+        now = time.monotonic()
+        self._out.hear(beat, now)
+        for rank in self._ranks:
+            rank.hear(beat, now, flows=self._out.flows)
 
     async def run(self) -> None:
-        """For ever: a canary at once for a new incarnation, later only for an engine that makes no steps."""
-        judged: Welcome | None = None
-        while True:
-            self._changed.clear()
-            welcome = self._client.welcome
-            if welcome is None or self._resting:
-                judged = None
-                await self._changed.wait()
-                continue
-            if self._stopped:
-                # No canary proves more than this does, and it would wait for its whole timeout.
-                self._judge(welcome.incarnation, self._stopped, certain=True)
-                judged = None
-                await self._changed.wait()
-                continue
-            if welcome is judged:
-                before = self._steps
-                if await self._disturbed(self._config.canary_wait) or self._steps - before > OWN_STEPS:
-                    continue
-            before = self._steps
-            problem = await self._unless_disturbed(welcome, self._probe(welcome, self._patience(welcome)))
-            if problem is None:
-                continue
-            judged = welcome
-            if problem and self._steps - before > OWN_STEPS:
-                # A long prefill or a full queue may keep a canary waiting while the engine works: that proves nothing.
-                logging.info("%s, but the engine works", problem)
-                continue
-            self._judge(welcome.incarnation, problem)
-
-    def _patience(self, welcome: Welcome) -> float:
-        """Seconds for a canary: an incarnation's first one may compile kernels."""
-        known = self.verdict is not None and self.verdict.incarnation == welcome.incarnation
-        return self._config.canary_timeout if known else FIRST_SECONDS
-
-    async def _unless_disturbed(self, welcome: Welcome, probing: Coroutine[Any, Any, str]) -> str | None:
-        """The canary's problem, or nothing; None when the engine went or was stopped meanwhile."""
-        probe = asyncio.ensure_future(probing)
+        """For ever."""
+        tick = min(TICK_SECONDS, self._config.canary_timeout / 4)
         try:
-            while not probe.done():
+            while True:
                 self._changed.clear()
-                if self._stopped or self._resting or self._client.welcome is not welcome:
-                    return None
-                waking = asyncio.ensure_future(self._changed.wait())
-                await asyncio.wait({probe, waking}, return_when=asyncio.FIRST_COMPLETED)
-                waking.cancel()
-            return None if self._client.welcome is not welcome else probe.result()
+                self._look(time.monotonic())
+                try:
+                    async with asyncio.timeout(tick):
+                        await self._changed.wait()
+                except TimeoutError:
+                    continue
         finally:
-            probe.cancel()
+            self._drop_probes()
 
-    @property
-    def _steps(self) -> float:
-        return self.engine.numbers.get("steps", 0.0) if self.engine is not None else 0.0
-
-    async def _disturbed(self, seconds: float) -> bool:
-        """Wait; True when the engine came or went meanwhile."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._changed.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    async def _probe(self, welcome: Welcome, seconds: float) -> str:
-        """Send one canary; the problem, or nothing."""
-        stream = None
-        try:
-            async with asyncio.timeout(seconds):
-                stream = self._client.submit(self._role.canary(welcome.facts))
-                async for output in stream:
-                    if output.token_ids or (output.finish is not None and output.finish.get("type") != "abort"):
-                        return ""
-        except TimeoutError:
-            return f"a canary had no token within {seconds:.0f} s"
-        except RequestError as error:
-            return f"a canary failed: {error.message}"
-        finally:
-            if stream is not None:
-                stream.abort()
-        return "a canary was aborted"
-
-    def _judge(self, incarnation: int, problem: str, *, certain: bool = False) -> None:
-        self._strikes = self._strikes + 1 if problem else 0
-        healthy = self.verdict is not None and self.verdict.incarnation == incarnation and self.verdict.healthy
-        if problem and healthy and not certain and self._strikes < STRIKES:
-            logging.warning("%s (%d of %d)", problem, self._strikes, STRIKES)
+    def _look(self, now: float) -> None:
+        welcome = None if self._resting else self._client.welcome
+        if welcome is not self._welcome:
+            self._begin(welcome, now)
+        if welcome is None:
             return
-        verdict = Verdict(incarnation, not problem, problem)
-        if verdict != self.verdict:
-            logging.info("engine %d: %s", incarnation, problem or "healthy")
-            self.verdict = verdict
-            self._said()
+        if self._stopped:
+            # No canary proves more than this does, and it would wait for its whole timeout.
+            self._begin(welcome, now)
+            self._say(welcome, self._stopped)
+            return
+        engine = self.engine
+        if engine is not None and engine.incarnation == welcome.incarnation and (words := blocked(engine, self._limits)):
+            self._doubt(words)
+        if words := self._out.lost(now):
+            if self._out.strike():
+                logging.warning("%s (1 of %d)", words, STRIKES)
+            else:
+                self._doubt(words)
+        for rank in self._ranks:
+            self._look_at(rank, welcome, now)
+        self._conclude(welcome)
+
+    def _begin(self, welcome: Welcome | None, now: float) -> None:
+        """Another engine, or the same one after a rest: each rank has to answer at once."""
+        self._drop_probes()
+        self._welcome = welcome
+        self._out = WayOut(self._limits)
+        numbers = canary.ranks(self._role, welcome.facts) if welcome is not None else []
+        known = welcome is not None and self.verdict is not None and self.verdict.incarnation == welcome.incarnation
+        self._ranks = [Rank(self._limits, number, now, known=known) for number in numbers]
+
+    def _doubt(self, words: str) -> None:
+        for rank in self._ranks:
+            rank.doubt(words)
+
+    def _look_at(self, rank: Rank, welcome: Welcome, now: float) -> None:
+        probe = self._probes.get(rank.number)
+        if probe is None:
+            if rank.due(now, canaries=self._config.canaries):
+                self._probes[rank.number] = self._send(welcome, rank.number, now)
+            return
+        problem, again = "", True
+        if probe.answer.done():
+            problem, again = probe.answer.result(), False
+        elif not (problem := rank.late(probe.sent, now)):
+            return
+        probe.end()
+        del self._probes[rank.number]
+        if not problem:
+            rank.answered(now)
+        elif rank.failed(problem, now, again=again):
+            logging.warning("%s (1 of %d)", problem, STRIKES)
+        self._changed.set()  # the next one may be due
+
+    def _send(self, welcome: Welcome, rank: int | None, now: float) -> Probe:
+        try:
+            stream = self._client.submit(self._payload(welcome, rank))
+        except RequestError as error:
+            return Probe(now, None, asyncio.ensure_future(_said(f"a canary failed: {error.message}")))
+        answer = asyncio.ensure_future(_first(stream))
+        answer.add_done_callback(lambda _: self._changed.set())
+        return Probe(now, stream, answer)
+
+    def _payload(self, welcome: Welcome, rank: int | None) -> Payload:
+        return canary.payload(self._role, welcome.facts, copy.deepcopy(self._config.health_check_payload), rank)
+
+    def _conclude(self, welcome: Welcome) -> None:
+        bad = [rank for rank in self._ranks if rank.fine is False]
+        if bad:
+            self._say(welcome, bad[0].reason)
+        elif all(rank.fine for rank in self._ranks):
+            self._say(welcome, "")
+
+    def _say(self, welcome: Welcome, problem: str) -> None:
+        verdict = Verdict(welcome.incarnation, not problem, problem)
+        if verdict == self.verdict:
+            return
+        logging.info("engine %d: %s", welcome.incarnation, problem or "healthy")
+        self.verdict = verdict
+        self._said()
+
+    def _drop_probes(self) -> None:
+        for probe in self._probes.values():
+            probe.end()
+        self._probes.clear()
+
+
+async def _said(problem: str) -> str:
+    return problem
+
+
+async def _first(stream: Stream) -> str:
+    """Until the canary's first sign; the problem, or nothing."""
+    try:
+        async for output in stream:
+            if output.token_ids or (output.finish is not None and output.finish.get("type") != "abort"):
+                return ""
+    except RequestError as error:
+        return f"a canary failed: {error.message}"
+    return "a canary was aborted"

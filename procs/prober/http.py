@@ -24,6 +24,12 @@ class Node(Protocol):
     def healthy(self) -> bool: ...
 
     @property
+    def judged(self) -> bool: ...
+
+    @property
+    def endpoints(self) -> list[str]: ...
+
+    @property
     def failed_reason(self) -> str: ...
 
 
@@ -36,11 +42,13 @@ async def start(config: NodeConfig, node: Node, metrics: Metrics, routes: Routes
         return web.Response(status=503, text=node.failed_reason) if node.failed_reason else web.Response(text="live")
 
     async def health(_: web.Request) -> web.Response:
-        word = "ready" if node.healthy else "notready"
+        # DYN_SYSTEM_STARTING_HEALTH_STATUS is the word for a node that has no engine yet, as in Dynamo.
+        fine = node.healthy or (config.starting_status == "ready" and not node.judged and not node.failed_reason)
+        word = "ready" if fine else "notready"
         seconds = time.monotonic() - started
         uptime = {"secs": int(seconds), "nanos": int(seconds % 1 * 1e9)}
-        body = {"status": word, "uptime": uptime, "endpoints": {config.dynamo.endpoint: word}}
-        return web.json_response(body, status=200 if node.healthy else 503)
+        body = {"status": word, "uptime": uptime, "endpoints": dict.fromkeys(node.endpoints, word)}
+        return web.json_response(body, status=200 if fine else 503)
 
     async def ready(_: web.Request) -> web.Response:
         fine = node.healthy and node.want == "serve"
@@ -59,8 +67,8 @@ async def start(config: NodeConfig, node: Node, metrics: Metrics, routes: Routes
     routes.add(app)
     app.add_routes(
         [
-            web.get("/live", live),
-            web.get("/health", health),
+            *(web.get(path, live) for path in {"/live", config.live_path} - {config.health_path}),
+            *(web.get(path, health) for path in {"/health", config.health_path} - {config.live_path}),
             web.get("/ready", ready),
             web.get("/metrics", scrape),
             web.get("/metadata", metadata),

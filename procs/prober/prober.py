@@ -18,6 +18,7 @@ from shared.errors import NodeError
 from shared.frames import AnyState, Beat, Death, Frame, Intent
 from shared.heart import Heart
 from shared.roles import find
+from shared.roles.role import CONTROL_ENDPOINTS
 from shared.sockets import Decoder, LoopSocket
 from shared.state import Board, State
 
@@ -112,6 +113,17 @@ class Prober:
             and verdict.incarnation == engine.incarnation
             and any(self._registered(name) for name in self._config.agent_names)
         )
+
+    @property
+    def judged(self) -> bool:
+        """An engine was up and canaries have said how it is."""
+        return self._canary.verdict is not None
+
+    @property
+    def endpoints(self) -> list[str]:
+        """What an agent has in discovery, by Dynamo's names."""
+        role = find(self._config.role, text=self._config.text_mode)
+        return [self._config.dynamo.endpoint, *(CONTROL_ENDPOINTS if role.generates else ())]
 
     def _adapters(self) -> set[str]:
         """LoRA adapters that some agent has in discovery."""

@@ -18,6 +18,9 @@ Request = dict[str, Any]
 Chunk = Any
 """A reply chunk as Dynamo 1.6.1 takes it from a worker: a dict, a list for rerank."""
 
+CONTROL_ENDPOINTS = ("load_lora", "unload_lora", "list_loras", "clear_kv_blocks")
+"""A generating worker's endpoints beside its own, in Dynamo 1.6.1."""
+
 
 @dataclass(slots=True)
 class Asked:

@@ -30,7 +30,7 @@ def test_the_environment_gives_dynamos_defaults_and_flags_win() -> None:
     }
     found = parse("m", **environ)
     assert (found.system_port, found.system_host, found.drain_grace) == (7001, "0.0.0.0", 2.0)
-    assert (found.canary_wait, found.canary_timeout) == (4.0, 6.0)
+    assert found.health == {"canary_wait": 4.0, "canary_timeout": 6.0}
     assert parse("m", "--system-port", "0", "--drain-grace", "1", **environ).drain_grace == 1.0
 
 

@@ -68,6 +68,9 @@ class ScriptedBackend:
             raise ValueError(f"unknown control {op!r}")
         return args
 
+    def numbers(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None: ...
 
 

@@ -13,8 +13,10 @@ from procs.engine.adapter.asks import Asks
 from procs.engine.adapter.calls import Calls, meta_of
 from procs.engine.adapter.kv_metrics import KvMetrics
 from procs.engine.adapter.routes import Routes
+from procs.engine.adapter.scheduler import Schedulers
+from procs.engine.adapter.scheduler import install as watch_schedulers
 from procs.engine.backend import Sink
-from shared import kv_sources
+from shared import kv_sources, log_levels, logs
 from shared.config import NodeConfig
 from shared.errors import Code, RequestError
 
@@ -35,6 +37,7 @@ class SglangBackend:
         """Build the engine; blocks for the whole load. Must run in the main thread, outside a running loop:
         elsewhere SGLang skips its signal handlers.
         """
+        configured = os.environ.get(logs.SGLANG_VARIABLE)
         import sglang as sgl
         from dynamo.sglang.args import parse_args
 
@@ -48,6 +51,11 @@ class SglangBackend:
             os.environ.pop(name, None)
         self._parsed = asyncio.run(parse_args(config.worker_argv))
         asyncio.set_event_loop(asyncio.new_event_loop())
+        if (level := self._parsed.server_args.log_level) != "info":  # --log-level: of the engine and all its processes
+            os.environ[log_levels.OURS] = level
+        logs.take_back(configured)  # dynamo.sglang has its own configuration, from its import on
+        watch_schedulers()
+        self._schedulers = Schedulers()
         shm.mark()
         self._engine = sgl.Engine(server_args=self._parsed.server_args)
         self._manager = self._engine.tokenizer_manager
@@ -83,6 +91,8 @@ class SglangBackend:
         # into the loop, its SIGQUIT handler blocks the loop for 5 s (facts: TokenizerManager, SignalHandler).
         self._manager.signal_handler_class = _signal_handler_class(stop)
         self._manager.auto_create_handle_loop()
+        loop = asyncio.get_running_loop()
+        log_levels.on_change = lambda level: loop.call_soon_threadsafe(self._log_level, level)
         self._routes = Routes(self._engine, self._parsed, self._incarnation, self._config.path, sink.serving)
         asks = Asks(self._engine, self._server_args, self._routes.lora_id_for_name)
         self._calls = Calls(self._engine, asks)
@@ -90,8 +100,10 @@ class SglangBackend:
             from sglang.srt.observability.trace import set_global_trace_level
 
             set_global_trace_level(self._parsed.dynamo_args.sglang_trace_level)
-        name = getattr(self._engine.port_args, "metrics_ipc_name", None)
-        if name:
+        if getattr(self._engine.port_args, "metrics_ipc_name", None):
+            from dynamo.sglang.nixl_telemetry import scheduler_metrics_ipc_name
+
+            name = scheduler_metrics_ipc_name(self._server_args, self._engine.port_args)
             self._kv_metrics = KvMetrics(name, self._incarnation, int(self._server_args.page_size), sink.kv_use)
 
     async def warm(self) -> None:
@@ -216,6 +228,16 @@ class SglangBackend:
             case "load_lora" | "unload_lora" | "list_loras" | "clear_kv_blocks":
                 return await self._routes.adapter(op, args.get("body"))
         raise ValueError(f"unknown control {op!r}")
+
+    def _log_level(self, level: int) -> None:
+        """SGLang's schedulers and detokenizer follow (0.5.23: TokenizerManager.configure_logging)."""
+        from sglang.srt.managers.io_struct import ConfigureLoggingReq
+
+        name = logging.getLevelName(min(level, logging.CRITICAL)).lower()
+        self._manager.configure_logging(ConfigureLoggingReq(log_level=name))
+
+    def numbers(self) -> dict[str, float]:
+        return self._schedulers.numbers()
 
     def close(self) -> None:
         if self._kv_metrics is not None:
