@@ -1,4 +1,4 @@
-"""`sgnode doctor` on a node that runs: nothing wrong, then a process that is stopped, one that was killed, a node that is gone."""
+"""`sgnode doctor` on a node that runs: nothing wrong, a process that is stopped, one that was killed, a node that is gone."""
 
 import json
 import os

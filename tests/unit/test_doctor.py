@@ -482,7 +482,14 @@ def test_error_lines_of_the_last_day(tmp_path: Path) -> None:
     )
     assert wrong(running.errors(tmp_path, now)) == []
     (tmp_path / "agent-0.log").write_text(f"{today} ERROR agent:0: first\n{today} ERROR agent:0: the agent ends\n")
+    (tmp_path / "prober.log").write_text('{"time": "2020-01-01 00:00:00", "level": "INFO", "message": "an ERROR"}\n')
     only(running.errors(tmp_path, now), "warning", "agent-0.log: 2 ERROR lines, the last:", "the agent ends")
+
+
+def test_lines_of_json() -> None:
+    assert running.is_error('{"ts": 1, "level": "ERROR", "message": "x"}') and not running.is_error(
+        '{"level": "INFO", "m": "ERROR"}'
+    )
 
 
 def test_records_in_discovery(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from procs.cli.doctor import (
     unit,
     versions,
 )  # fmt: skip
-from procs.cli.doctor.finding import Finding, error, ok
-from procs.cli.doctor.subject import Subject
+from procs.cli.doctor.finding import Finding, Level, error, ok
+from procs.cli.doctor.subject import Subject, cut
 from shared import config as configuration
 from shared import logs
 from shared.config import LOCK_FILE
@@ -50,6 +50,7 @@ CHECKS: tuple[tuple[str, deadline.Check], ...] = (
     ("systemd", unit.check),
     ("leftovers", leftovers.check),
 )
+WORST_FIRST = (Level.ERROR, Level.WARNING, Level.OK)
 CONFIGURATION_SECONDS = 120.0
 """For SGLang's own parser, in its child: it takes 7 s, and a minute from a cold disk."""
 DESCRIPTION = """\
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> int:
     node, more = which.parse_known_args(rest)
     subject, found = before(rest) if more else on_node(node)
     found += deadline.run(CHECKS, subject)
+    found.sort(key=lambda each: WORST_FIRST.index(each.level))
     print(json.dumps(msgspec.to_builtins(found), indent=1) if asked.json else finding.render(found))
     return finding.exit_code(found)
 
@@ -94,7 +96,7 @@ def before(argv: list[str]) -> tuple[Subject, list[Finding]]:
         logs.check(os.environ)
         serve.check_files(given)
         environ, notes = serve.hardware(given)
-        found += [ok("configuration", note) for note in notes]
+        found += [ok("configuration", cut(note, 80)) for note in notes]
         config = serve.resolve(given, directory, environ, probe=False, timeout=CONFIGURATION_SECONDS)
         environ = {**environ, **serve.environment_of(config, environ)}
         found.append(ok("configuration", f"{config.served_model_name}, {config.role}: SGLang and Dynamo take these flags"))

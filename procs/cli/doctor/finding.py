@@ -37,7 +37,7 @@ def error(check: str, found: str, todo: str) -> Finding:
 
 SOUND, WRONG = 0, 4
 """Exit codes, in line with `sgnode status`. A warning is no reason not to start."""
-WIDEST = 100
+WIDEST = 80
 """Of FOUND: a longer one shifts its own line only."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from procs.cli.doctor.finding import Finding, error, ok, warning
-from procs.cli.doctor.subject import Subject
+from procs.cli.doctor.subject import Subject, cut
 from shared.config import LOG_DIR
 from shared.state import LOST, State
 from shared.table import span
@@ -198,8 +198,7 @@ def errors(directory: Path, now: float) -> Iterator[Finding]:
         found = [line for line in lines if is_error(line) and fresh(line, now)]
         if found:
             quiet = False
-            last = found[-1] if len(found[-1]) <= 160 else found[-1][:159] + "…"
-            yield warning("log", f"{path.name}: {len(found)} ERROR lines, the last: {last}", f"`less {path}`")
+            yield warning("log", f"{path.name}: {len(found)} ERROR lines, the last: {cut(found[-1], 160)}", f"`less {path}`")
     if quiet:
         yield ok("log", f"no ERROR line in {directory} of the last day")
 

@@ -80,5 +80,8 @@ def named(pid: int) -> str:
         words = psutil.Process(pid).cmdline() or [psutil.Process(pid).name()]
     except psutil.Error:
         return f"pid {pid}"
-    command = " ".join(words)
-    return f"pid {pid} ({command if len(command) <= 60 else command[:59] + '…'})"
+    return f"pid {pid} ({cut(' '.join([words[0].rpartition('/')[2], *words[1:]]), 60)})"
+
+
+def cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
