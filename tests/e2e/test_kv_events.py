@@ -15,23 +15,22 @@ from pathlib import Path
 import pytest
 import requests
 
-from procs import launch
-from shared import config as configuration
-from shared import kv_sources
-from shared.config import Dynamo, NodeConfig
-from shared.heart import Heart
-from shared.kv_sources import KvSource, KvSources
-from shared.state import BEAT_SECONDS, State
+from shared.state import BEAT_SECONDS
 from tests.e2e.conftest import MODEL
 from tests.frontend import LOOPBACK, Frontend, free_port
-from tests.harness import CPU, Node, instances, send, wait_for
-from tests.kv_player import Player
+from tests.harness import CPU, SGNODE, Node, instances, model_cards, send, wait_for
+from tests.kv_follower import Follower
+from tests.kv_player import Dropper, Fold, Player
 from tests.kv_router import KvRouter
 from tests.streams import Streams
 
 PAGE = 16
 BLOCKS = 8
 ROUNDS = 12
+EVENTS = 10_000
+DROPPED = 0.05
+ELSEWHERE = "127.0.0.2"
+"""SGLang binds the interface `lo`; as a name, in the second node's own /etc/hosts, it is this address: a Dropper's."""
 
 
 def prompt(seed: int) -> list[int]:
@@ -39,22 +38,37 @@ def prompt(seed: int) -> list[int]:
 
 
 class Cluster:
-    """Two nodes with one store, a frontend in KV mode, and a router to ask. ``nodes[0]`` has two agents."""
+    """Two nodes with one store, a frontend in KV mode, and a router to ask.
+
+    ``nodes[0]`` has two agents. ``nodes[1]`` has a small cache, that evicts; its relay, and the ``incumbent``'s publisher in
+    another cluster, hear SGLang through ``dropper``. ``fold``: what its engine holds.
+    """
 
     def __init__(self, store: Path, model: Path) -> None:
         self.store = store
         self.nodes = []
-        for agents in (2, 1):
-            # As dynamo.sglang wants them, open to the network; and closed.
-            where = {"endpoint": f"tcp://*:{free_port()}", "replay_endpoint": f"tcp://*:{free_port()}"}
-            if agents == 1:
-                where = {name: address.replace("*", "127.0.0.1") for name, address in where.items()}
-            events = {"publisher": "zmq", "topic": "kv-events", "bind": agents == 1 or None, **where}
-            flags = [str(model), "--served-model-name", MODEL, *CPU, "--no-frontend", "--agents", str(agents)]
-            flags += ["--page-size", str(PAGE), "--kv-events-config", json.dumps(events)]
+        self.asked = 0
+        live, replay = free_port(), f"tcp://127.0.0.1:{free_port()}"
+        # As dynamo.sglang wants them, open to the network; and closed.
+        opened = {"endpoint": f"tcp://*:{free_port()}", "replay_endpoint": f"tcp://*:{free_port()}"}
+        closed = {"endpoint": f"tcp://lo:{live}", "replay_endpoint": replay, "bind": True, "buffer_steps": 1_000_000}
+        small = ["--max-total-tokens", "4096", "--chunked-prefill-size", "64"]
+        for agents, where, cache in ((2, opened, CPU), (1, closed, small)):
+            flags = [str(model), "--served-model-name", MODEL, *cache, "--no-frontend", "--agents", str(agents)]
+            flags += ["--page-size", str(PAGE), "--drain-grace", "0.5"]
+            flags += ["--kv-events-config", json.dumps({"publisher": "zmq", "topic": "kv-events", **where})]
             self.nodes.append(Node(*flags, name=f"kv{agents}", env={"DYN_FILE_KV": str(store)}))
+        hosts = self.nodes[1].root / "hosts"
+        hosts.write_text(f"127.0.0.1 localhost\n{ELSEWHERE} lo\n")
+        alone = f'mount --bind {hosts} /etc/hosts && exec "$@"'
+        self.nodes[1].program = ["unshare", "--mount", "--propagation", "private", "sh", "-c", alone, "sh", SGNODE]
         self.frontend = Frontend(store, env={"DYN_ROUTER_MODE": "kv"})
         self.router = KvRouter(store, PAGE)
+        self.dropper = Dropper(f"tcp://127.0.0.1:{live}", f"tcp://{ELSEWHERE}:{live}")
+        (other := store.parent / "incumbent").mkdir()
+        self.incumbent = KvRouter(other, PAGE, incumbent=(f"tcp://{ELSEWHERE}:{live}", model))
+        self.replay = replay
+        self.fold = Fold(replay, PAGE)
 
     def workers(self, node: Node) -> set[int]:
         """Worker ids of a node's agents, as its coordinator tells them."""
@@ -97,8 +111,36 @@ class Cluster:
     def logs(self) -> str:
         return "\n".join(node.logs() for node in self.nodes) + self.router.log.read_text()[-2000:]
 
+    def fill(self, *lengths: int) -> None:
+        """Prompts of these lengths that share beginnings, as those of conversations do."""
+        with Streams() as streams:
+            for length in lengths:
+                self.asked += 1
+                chance = random.Random(self.asked)
+                tokens = prompt(1000 + chance.randrange(8))[: PAGE * chance.randrange(BLOCKS)]
+                tokens += chance.choices(range(20, 250), k=length - len(tokens))
+                streams.start(self.frontend.url, MODEL, 1, 4, prompt=tokens)
+            assert not [result for result in streams.join() if not result.complete], streams.results
+
+    def agree(self, seconds: float = 15.0) -> float:
+        """Wait until the router believes of the second node's worker what its engine holds; how long that took."""
+        (worker,) = self.workers(self.nodes[1])
+        began = time.monotonic()
+        try:
+            wait_for("the same", lambda: self.router.believed().get(worker, {}) == self.fold.look(), seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.differ(self.router, worker)}, {self.logs()}") from error
+        return round(time.monotonic() - began, 2)
+
+    def differ(self, router: KvRouter, worker: int) -> tuple[int, int, int]:
+        """Blocks that the engine has; that the router misses; that it has too many."""
+        true, believed = self.fold.look(), router.believed().get(worker, {})
+        return len(true), len(true.keys() - believed.keys()), len(believed.keys() - true.keys())
+
     def close(self) -> None:
-        self.router.close()
+        for router in (self.router, self.incumbent):
+            router.close()
+        self.dropper.close()
         self.frontend.close()
         for node in self.nodes:
             node.close()
@@ -136,6 +178,15 @@ def test_repeated_prompts_go_where_their_blocks_are(cluster: Cluster, home: list
     assert cluster.split(home[1]) == [0, ROUNDS]
     cards = [json.loads(path.read_bytes()) for path in (cluster.store / "v1" / "mdc").iterdir()]
     assert len(cards) == 3 and all("'kv_event_publishing_enabled': True" in str(card) for card in cards)
+    assert all("'enable_local_indexer': True" in str(card) for card in cards), "a router asks it for what it has missed"
+
+
+def test_two_agents_say_that_they_are_one_engine(cluster: Cluster) -> None:
+    """As dynamo.sglang's gateway (gateway.py, register.py 1.6.1): otherwise they count as twice the capacity."""
+    data = [card["card_json"]["runtime_config"].get("runtime_data") or {} for _, card in model_cards(cluster.store)]
+    engines = [each.get("dynamo.sglang.gateway_engine") for each in data]
+    assert sorted(engines.count(each) for each in engines) == [1, 2, 2] and None in engines, data
+    assert sorted(str(each.get("dynamo.sglang.gateway_workers")) for each in data) == ["2", "2", "None"]
 
 
 def test_killed_relays_publish_everything_again(cluster: Cluster, home: list[int], figures: Callable[..., None]) -> None:
@@ -171,6 +222,20 @@ def test_a_new_agent_has_what_its_engine_has(cluster: Cluster, home: list[int]) 
     wait_for("the dead agent's publisher is closed", lambda: cluster.metric("kv_publishers") == [2, 1], 10, every=0.1)
 
 
+def test_a_drained_node_that_resumes_has_its_blocks_again(cluster: Cluster, figures: Callable[..., None]) -> None:
+    node = cluster.nodes[0]
+    workers = cluster.workers(node)
+    cluster.ask(*range(8))
+    before = {worker: cluster.router.believed()[worker] for worker in workers}
+    assert node.sgnode("drain").returncode == 0
+    wait_for("out of discovery", lambda: not cluster.workers(node), 10)
+    assert node.sgnode("resume").returncode == 0
+    wait_for("registered", lambda: cluster.workers(node) == workers, 10)
+    began = time.monotonic()
+    wait_for("its blocks", lambda: {worker: cluster.router.believed().get(worker) for worker in workers} == before, 10)
+    figures(known_s=round(time.monotonic() - began, 2))
+
+
 def test_an_engine_s_blocks_die_with_it(cluster: Cluster, home: list[int], figures: Callable[..., None]) -> None:
     node = cluster.nodes[0]
     incarnation = node.status()["incarnation"]
@@ -188,43 +253,48 @@ def test_an_engine_s_blocks_die_with_it(cluster: Cluster, home: list[int], figur
     wait_for("it has a home again", lambda: len(cluster.homes(prompt(home[0]))) == 1, 5)
 
 
+def test_a_router_believes_what_the_engine_holds_whatever_got_lost(cluster: Cluster, figures: Callable[..., None]) -> None:
+    node, dropper = cluster.nodes[1], cluster.dropper
+    cluster.nodes[0].sgnode("drain")
+    cluster.agree()
+    dropper.share, seen = DROPPED, dropper.seen
+    began = time.monotonic()
+    while cluster.fold.events < EVENTS:
+        cluster.fill(*[PAGE * 60] * 50)
+        cluster.fold.look()
+    figures(events=cluster.fold.events, frames=cluster.fold.frames, load_s=round(time.monotonic() - began, 1))
+    converged = cluster.agree()
+    assert dropper.dropped > (dropper.seen - seen) * DROPPED / 2
+    assert cluster.metric("kv_event_frames_lost")[1] == 0 and cluster.metric("kv_event_gaps")[1] > 100
+    figures(after="drops", dropped_frames=dropper.dropped, converged_s=converged, blocks=len(cluster.fold.look()))
+    (incumbent,) = cluster.incumbent.believed()
+    blocks, missing, stale = cluster.differ(cluster.incumbent, incumbent)
+    figures(incumbent="KvEventPublisher(zmq_endpoint=…)", blocks=blocks, missing=missing, stale=stale)
+    assert missing or stale, "otherwise nothing was lost"
+
+    began, pid = time.monotonic(), node.pid("relay")
+    send(pid, signal.SIGKILL)
+    cluster.fill(*[PAGE * 20] * 20)  # told to nobody
+    wait_for("another relay", lambda: node.pid("relay") not in (0, pid), 10)
+    cluster.agree(30)
+    figures(after="relay SIGKILL", converged_s=round(time.monotonic() - began, 2))
+
+    incarnation, (worker,) = node.status()["incarnation"], cluster.workers(node)
+    began = time.monotonic()
+    send(node.pid("engine"), signal.SIGKILL)
+    wait_for("nobody has its blocks", lambda: not cluster.router.believed().get(worker), 10, every=0.005)
+    forgotten = time.monotonic() - began
+    wait_for("the next engine", lambda: node.status()["incarnation"] > incarnation, 30)
+    node.wait_ready(120)
+    cluster.fold = Fold(cluster.replay, PAGE)
+    began = time.monotonic()
+    cluster.fill(*[PAGE * 20] * 20)
+    assert cluster.fold.look()
+    cluster.agree()
+    figures(after="engine SIGKILL", forgotten_s=round(forgotten, 3), converged_s=round(time.monotonic() - began, 2))
+
+
 # --- a follower: SGLang 0.5.23 can't run DP attention on a CPU, so its socket and the coordinator's beats are played ---
-
-
-class Follower:
-    """The real relay of rank 1 of 2, which has DP rank 1 and no agent; ``workers`` are the leader's."""
-
-    def __init__(self, directory: Path, store: Path) -> None:
-        for name in ("sock", "log"):
-            (directory / name).mkdir(parents=True)
-        config = NodeConfig(
-            name="f", runtime_dir=str(directory), version="0", role="aggregated", model_path="m", served_model_name=MODEL,
-            nnodes=2, node_rank=1, dp_size=2, dynamo=Dynamo(use_kv_events=True),
-        )  # fmt: skip
-        configuration.save(config)
-        outside = {**os.environ, **LOOPBACK, "DYN_FILE_KV": str(store), "HOME": str(directory)}
-        self._environ = launch.environment("relay", outside, config)
-        self.hearts = [Heart(directory, "engine", incarnation=1), Heart(directory, "coordinator")]
-        self.log = directory / "log" / "relay.log"
-        self.start()
-
-    def start(self) -> None:
-        with self.log.open("ab") as out:
-            self.relay = subprocess.Popen([sys.executable, "-m", "procs.relay"], env=self._environ, stdout=out, stderr=out)
-
-    def kill(self) -> None:
-        send(self.relay.pid, signal.SIGKILL)
-        self.relay.wait(5)
-
-    def say(self, player: Player, workers: set[int]) -> None:
-        engine, coordinator = self.hearts
-        engine.set(State.READY, info=kv_sources.say(KvSources(PAGE, {1: KvSource(player.events, player.replay)})))
-        coordinator.set(State.READY, info={"workers": ",".join(map(str, workers))})
-
-    def close(self) -> None:
-        self.kill()
-        for heart in self.hearts:
-            heart.close()
 
 
 def test_a_follower_publishes_its_dp_rank_under_the_leader_s_worker(model: Path, tmp_path: Path) -> None:
@@ -247,7 +317,7 @@ async def _follow(worker: int, store: Path, directory: Path) -> None:
     event = {"type": "BlockStored", "block_hashes": list(range(1, BLOCKS + 1)), "parent_block_hash": None}
     with Player() as player, KvRouter(store, PAGE) as router:
         player.say({**event, "token_ids": tokens, "block_size": PAGE, "lora_id": None, "medium": "GPU"})
-        follower = Follower(directory, store)
+        follower = Follower(directory, store, PAGE)
 
         async def known(wanted: dict[tuple[int, int], int]) -> None:
             try:

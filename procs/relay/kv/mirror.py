@@ -21,7 +21,7 @@ CHAIN_BLOCKS = 256
 
 
 class Block(msgspec.Struct, gc=False):
-    """``tokens``: 4 bytes each. ``held``: how many nodes of SGLang's tree have this hash at least; several adapters' or salts' may."""
+    """``tokens``: 4 bytes each. ``held``: how many nodes of SGLang's tree have this hash at least: several adapters' may."""
 
     parent: int | None
     tokens: bytes
