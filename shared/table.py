@@ -35,13 +35,15 @@ def render(document: Mapping[str, Any], now: float | None = None) -> str:
         # A node that has not begun does nothing but wait.
         only = document.get("state") == "waiting" and not document.get("reason")
         lines.append(f"  {'' if only else 'waiting for '}{document['waiting_for']}")
-    lines.extend(_group(document))
+    if document.get("logs"):
+        lines.append(f"  {document['logs']}")
+    lines.extend(group_lines(document))
     if document.get("stale_s"):
         lines.append(f"  as of {span(document['stale_s'])} ago: the coordinator is not reporting")
-    lines.append("  " + "   ".join(_facts(document)))
-    lines.extend(_crash(document, now))
+    lines.append("  " + "   ".join(fact_words(document)))
+    lines.extend(crash_lines(document, now))
     lines.append("")
-    lines.extend(_columns([HEADINGS, *(_row(process) for process in document.get("processes", ()))]))
+    lines.extend(columns([HEADINGS, *(cells(process) for process in document.get("processes", ()))]))
     return "\n".join(lines)
 
 
@@ -51,7 +53,8 @@ def _headline(document: Mapping[str, Any], now: float) -> str:
     return f"node {document.get('name', '?')}: {document.get('state', '?')}{age}"
 
 
-def _facts(document: Mapping[str, Any]) -> list[str]:
+def fact_words(document: Mapping[str, Any]) -> list[str]:
+    """Ports, identity, version."""
     ports = document.get("ports") or {}
     facts = [f"{name} port {port}" for name, port in ports.items() if port]
     facts.append(f"registered {'yes' if document.get('registered') else 'no'}")
@@ -63,7 +66,7 @@ def _facts(document: Mapping[str, Any]) -> list[str]:
     return facts
 
 
-def _group(document: Mapping[str, Any]) -> list[str]:
+def group_lines(document: Mapping[str, Any]) -> list[str]:
     """Who is there of a group, as its leader knows it; on the others, why agents and frontend are missing."""
     group = document.get("group")
     if not group:
@@ -81,7 +84,7 @@ def _group(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _crash(document: Mapping[str, Any], now: float) -> list[str]:
+def crash_lines(document: Mapping[str, Any], now: float) -> list[str]:
     """The engine's last death, while it is news, and the end of its log until the node is ready again."""
     crash, log = document.get("last_crash"), document.get("last_log") or ()
     lines = []
@@ -94,7 +97,8 @@ def _crash(document: Mapping[str, Any], now: float) -> list[str]:
     return lines
 
 
-def _row(process: Mapping[str, Any]) -> tuple[str, ...]:
+def cells(process: Mapping[str, Any]) -> tuple[str, ...]:
+    """A process's row, by HEADINGS."""
     uptime, rss = process.get("uptime_s"), process.get("rss_mb")
     detail = process.get("detail") or ""
     if process.get("waiting_for"):
@@ -111,7 +115,8 @@ def _row(process: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows, the headings first, as aligned lines."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
     return [
         "  ".join(

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import xmlrpc.client
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from shared.table import render
 
 READY, NOT_RUNNING, OTHERWISE = 0, 3, 4
 """Exit codes of `sgnode status`."""
+SHORTEST_WATCH, LONGEST_WATCH = 0.1, 3600.0
+"""Seconds between the looks of --watch."""
 GONE = (OSError, http.client.HTTPException)
 """What a call to a supervisord raises that isn't there, or leaves in mid-answer."""
 SECRET = re.compile(r"--(.*-)?(api-key|password|secret|auth-token|access-token)$")
@@ -53,19 +56,43 @@ def status(argv: list[str]) -> int:
     """Print the node's status. 0 ready, 3 not running, 4 otherwise."""
     made = parser_of("status", "Show the node's state, and each process's with what it waits for.")
     made.add_argument("--json", action="store_true", help="as one JSON object")
+    made.add_argument(
+        "--watch", nargs="?", type=_seconds, const=1.0, metavar="SECONDS", help="again every second, or so many; q ends it"
+    )
     found = made.parse_args(argv)
     try:
         directory = directory_of(found)
     except NodeError as error:
         print(error, file=sys.stderr)
         return NOT_RUNNING
+    if found.watch is not None:
+        from procs.cli.watch import watch
+
+        return watch(directory, found.watch, as_json=found.json)
     try:
         document = document_of(directory)
     except GONE:
         print(f"no node is running in {directory}", file=sys.stderr)
         return NOT_RUNNING
     print(json.dumps(document) if found.json else render(document))
+    return code_of(document)
+
+
+def code_of(document: Mapping[str, Any] | None) -> int:
+    """The exit code that a status means; None: no node answers."""
+    if document is None:
+        return NOT_RUNNING
     return READY if document.get("state") == State.READY else OTHERWISE
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not SHORTEST_WATCH <= seconds <= LONGEST_WATCH:
+        raise argparse.ArgumentTypeError(f"expected seconds, {SHORTEST_WATCH:g} to {LONGEST_WATCH:g}, got {text!r}")
+    return seconds
 
 
 def _redacted(argv: list[str]) -> list[str]:
