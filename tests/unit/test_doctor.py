@@ -286,6 +286,17 @@ def test_limits() -> None:
     assert [each[0] for each in says(gpus=True, core=(-1, -1), **unlimited)] == ["warning"]
 
 
+def test_the_tightest_limit_of_a_cgroup(tmp_path: Path) -> None:
+    inner = tmp_path / "slice" / "service"
+    inner.mkdir(parents=True)
+    assert limits.lowest(inner, "pids.max") is None is limits.lowest(None, "pids.max")
+    (inner / "pids.max").write_text("max\n")
+    (inner.parent / "pids.max").write_text("100\n")
+    assert limits.lowest(inner, "pids.max") == 100
+    (inner / "pids.max").write_text("7\n")
+    assert limits.lowest(inner, "pids.max") == 7
+
+
 def test_memory_and_shared_memory() -> None:
     plenty = memory.Facts(64 * GIB)
     assert wrong(memory.host(plenty, loaded=True, gpus=True)) == []
@@ -515,6 +526,16 @@ def test_leftovers(tmp_path: Path) -> None:
     assert leftovers.shared_memory(found).level is Level.OK
     only([leftovers.shared_memory([leftovers.File(tmp_path, 1 << 30)])], "warning", "1 files", "1073.7 MB")
     only(leftovers.stale_processes([1, 2, 3, 4], "kill"), "warning", "of a life that is over: pid 1", "and 1 more")
+
+
+def test_temporary_files_of_earlier_engines(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        (tmp_path / "tmp" / name).mkdir(parents=True)
+    node = dataclasses.replace(subject(), directory=tmp_path, document={"incarnation": 2}, supervisord=1)
+    only(leftovers.temporary(node), "warning", "temporary files of earlier engines: 1 in")
+    assert list(leftovers.temporary(dataclasses.replace(node, supervisord=0))) == [], "serve removes them"
+    (tmp_path / "tmp" / "1").rmdir()
+    assert list(leftovers.temporary(node)) == []
 
 
 def test_a_synthetic_node_needs_no_sglang() -> None:

@@ -47,7 +47,7 @@ def facts(pid: int) -> Facts:
         nofile, memlock, nproc, core,
         may_lock=bool(capabilities >> CAP_IPC_LOCK & 1),
         is_root="Uid:\t0" in status,
-        pids_max=lowest(pid, "pids.max"),
+        pids_max=lowest(cgroup(pid), "pids.max"),
         core_pattern=Path("/proc/sys/kernel/core_pattern").read_text().strip(),
     )  # fmt: skip
 
@@ -60,9 +60,8 @@ def cgroup(pid: int) -> Path | None:
     return None
 
 
-def lowest(pid: int, name: str) -> int | None:
+def lowest(group: Path | None, name: str) -> int | None:
     """The tightest of a cgroup's limits, its parents' included; None without any."""
-    group = cgroup(pid)
     found = []
     while group is not None and group != group.parent and group != Path("/sys/fs"):
         try:

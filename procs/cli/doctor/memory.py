@@ -34,8 +34,8 @@ class Facts:
 
 
 def facts(pid: int) -> Facts:
-    limit = limits.lowest(pid, "memory.max")
     group = limits.cgroup(pid)
+    limit = limits.lowest(group, "memory.max")
     try:
         used = int((group / "memory.current").read_text()) if group and limit is not None else 0
     except OSError:

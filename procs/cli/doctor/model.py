@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -117,7 +118,9 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield error("model", f"{name} is not in the cache, and HF_HUB_OFFLINE is set", f"`hf download {name}`, or a directory")
     else:
         cache = cached(name, None, subject.environ)[0]
-        words = f"{name} is not in the cache ({cache}): the engine downloads it while it loads"
+        there = next(each for each in (cache, *cache.parents) if each.exists())
+        free = shutil.disk_usage(there).free / 1e9
+        words = f"{name} is not in the cache: the engine downloads it while it loads, to {cache}, {free:.0f} GB free"
         yield warning("model", words, f"`hf download {name}` before")
 
 
