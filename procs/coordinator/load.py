@@ -1,4 +1,4 @@
-"""What the node carries and how fast: streams, tokens a second, latencies, KV use. Kept from the beats, for the status document."""
+"""What the node carries and how fast: streams, tokens a second, latencies, KV use; from the beats, for the status document."""
 
 import json
 from collections import deque

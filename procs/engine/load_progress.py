@@ -11,7 +11,7 @@ STEPS = re.compile(
     rb"|(?P<pool>Memory pool end)"
     rb"|Capturing batches[^|\r\n]*: +\d+%\|[^|\r\n]*\| (?P<graphs>\d+/\d+)"
 )
-"""weight_utils.py, model_runner.py, kv_cache_configurator.py, decode_cuda_graph_runner.py. Words that change are not found, no more."""
+"""weight_utils.py, model_runner.py, kv_cache_configurator.py, decode_cuda_graph_runner.py. Other words are not found, no more."""
 
 
 class LoadProgress:

@@ -1,4 +1,4 @@
-"""What the status document says of the load: a rate over beats, quantiles over agents, KV use of this life, the last load's time."""
+"""The load in the status document: a rate over beats, quantiles over agents, KV use of this life, the last load's time."""
 
 from pathlib import Path
 from typing import Any
