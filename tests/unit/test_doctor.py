@@ -494,7 +494,7 @@ def test_error_lines_of_the_last_day(tmp_path: Path) -> None:
     assert wrong(running.errors(tmp_path, now)) == []
     (tmp_path / "agent-0.log").write_text(f"{today} ERROR agent:0: first\n{today} ERROR agent:0: the agent ends\n")
     (tmp_path / "prober.log").write_text('{"time": "2020-01-01 00:00:00", "level": "INFO", "message": "an ERROR"}\n')
-    only(running.errors(tmp_path, now), "warning", "agent-0.log: 2 ERROR lines, the last:", "the agent ends")
+    only(running.errors(tmp_path, now), "warning", "agent-0.log: ERROR lines: 2, the last:", "the agent ends")
 
 
 def test_lines_of_json() -> None:
@@ -531,7 +531,8 @@ def test_leftovers(tmp_path: Path) -> None:
 def test_temporary_files_of_earlier_engines(tmp_path: Path) -> None:
     for name in ("1", "2"):
         (tmp_path / "tmp" / name).mkdir(parents=True)
-    node = dataclasses.replace(subject(), directory=tmp_path, document={"incarnation": 2}, supervisord=1)
+    (tmp_path / "incarnation").write_text("2\n")
+    node = dataclasses.replace(subject(), directory=tmp_path, supervisord=1)
     only(leftovers.temporary(node), "warning", "temporary files of earlier engines: 1 in")
     assert list(leftovers.temporary(dataclasses.replace(node, supervisord=0))) == [], "serve removes them"
     (tmp_path / "tmp" / "1").rmdir()

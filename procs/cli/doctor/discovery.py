@@ -35,7 +35,7 @@ def check(subject: Subject) -> Iterator[Finding]:
             yield ok("discovery", f"{backend}: not looked at")
     if "nats" in (config.dynamo.request_plane, config.dynamo.event_plane, config.dynamo.response_plane):
         yield nats(subject.environ.get("NATS_SERVER") or f"nats://localhost:{NATS_PORT}")
-    if subject.running and config.leads:
+    if subject.running and config.leads and subject.document:
         yield from records(subject)
 
 

@@ -10,7 +10,7 @@ import psutil
 from procs.cli.doctor.finding import Finding, ok, warning
 from procs.cli.doctor.memory import SHM
 from procs.cli.doctor.subject import Subject, named
-from shared.config import RUNTIME_DIR_VARIABLE, TEMPORARY_DIR
+from shared.config import INCARNATION_FILE, RUNTIME_DIR_VARIABLE, TEMPORARY_DIR
 
 FAMILIES = ("sglang_", "sgl_shm_", "multi_tokenizer_args_", "psm_", "sem.mp-", "cuda.shm.", "nccl-")
 """Beginnings of names in /dev/shm: SGLang 0.5.23's, Python's multiprocessing's, CUDA's and NCCL's."""
@@ -75,6 +75,14 @@ def shared_memory(files: list[File]) -> Finding:
     return warning("leftovers", words, "remove them, unless another container shares it")
 
 
+def incarnation(directory: Path) -> str:
+    """The engine's present life, as its keeper wrote it down; empty before the first."""
+    try:
+        return (directory / INCARNATION_FILE).read_text().strip()
+    except OSError:
+        return ""
+
+
 def marked(directory: Path) -> Iterator[tuple[int, str]]:
     """Processes with the runtime directory's mark, and the incarnation that they belong to."""
     for process in psutil.process_iter():
@@ -89,13 +97,13 @@ def marked(directory: Path) -> Iterator[tuple[int, str]]:
 def processes(subject: Subject) -> Iterator[Finding]:
     """Of a node that is gone, or of an engine's earlier life."""
     assert subject.directory is not None
-    now = str(subject.document.get("incarnation", ""))
     found = list(marked(subject.directory))
     if not subject.running:
         stale = [pid for pid, _ in found if pid != os.getpid()]
         todo = "`sgnode serve` ends an engine's; kill the others"
     else:
-        stale = [pid for pid, incarnation in found if incarnation and incarnation != now]
+        now = incarnation(subject.directory)
+        stale = [pid for pid, life in found if life and life != now]
         todo = "the keeper kills them before the next start; kill them now if they hold a GPU"
     yield from stale_processes(stale, todo)
 
@@ -110,7 +118,7 @@ def stale_processes(pids: Iterable[int], todo: str) -> Iterator[Finding]:
 def temporary(subject: Subject) -> Iterator[Finding]:
     """TMPDIR of engines' earlier lives: the keeper removes each with its engine."""
     assert subject.directory is not None
-    now = str(subject.document.get("incarnation", "")) if subject.running else None
+    now = incarnation(subject.directory) if subject.running else None
     root = subject.directory / TEMPORARY_DIR
     old = [path for path in root.iterdir() if path.name.isdigit() and path.name != now] if root.is_dir() else []
     if old and subject.running:

@@ -139,7 +139,11 @@ def process(row: Mapping[str, Any], status: str) -> Iterator[Finding]:
     if "file store can't" in said:
         yield error(name, said.partition("; ")[2] or said, "its owner and mode")
     if row.get("restarts") and name != "engine":
-        yield warning(name, f"restarted {row['restarts']} times", f"`sgnode ctl tail {log}` says why")
+        yield warning(
+            name,
+            "restarted once" if row["restarts"] == 1 else f"restarted {row['restarts']} times",
+            f"`sgnode ctl tail {log}` says why",
+        )
     for key, words in LOST_COUNTS.items():
         if count := (row.get("numbers") or {}).get(key):
             yield warning(name, f"{count:g} {words}", f"`sgnode ctl tail {log}`; versions that don't fit?")
@@ -198,7 +202,7 @@ def errors(directory: Path, now: float) -> Iterator[Finding]:
         found = [line for line in lines if is_error(line) and fresh(line, now)]
         if found:
             quiet = False
-            yield warning("log", f"{path.name}: {len(found)} ERROR lines, the last: {cut(found[-1], 160)}", f"`less {path}`")
+            yield warning("log", f"{path.name}: ERROR lines: {len(found)}, the last: {cut(found[-1], 160)}", f"`less {path}`")
     if quiet:
         yield ok("log", f"no ERROR line in {directory} of the last day")
 

@@ -1,5 +1,6 @@
 """What is looked at: a node that is to be started, one that runs, or only this host."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,10 @@ class Subject:
     def model(self) -> Path:
         """The model's directory, if it is one: a relative path is one of where the node was started."""
         assert self.config is not None
-        at = Path(f"/proc/{self.supervisord}/cwd") if self.running else Path()
+        at = Path()
+        if self.running:
+            with contextlib.suppress(psutil.Error):
+                at = Path(psutil.Process(self.supervisord).cwd())
         return at / self.config.model_path
 
     @property
@@ -80,7 +84,7 @@ def named(pid: int) -> str:
         words = psutil.Process(pid).cmdline() or [psutil.Process(pid).name()]
     except psutil.Error:
         return f"pid {pid}"
-    return f"pid {pid} ({cut(' '.join([words[0].rpartition('/')[2], *words[1:]]), 60)})"
+    return f"pid {pid} ({cut(' '.join(' '.join([words[0].rpartition('/')[2], *words[1:]]).split()), 60)})"
 
 
 def cut(text: str, length: int) -> str:
