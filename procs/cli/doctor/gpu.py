@@ -224,14 +224,11 @@ def sizes(subject: Subject, count: int) -> Iterator[Finding]:
         yield error("parallel sizes", f"{words}: can't be divided", "--tp-size times --pp-size must be a multiple of --nnodes")
         return
     if subject.on_cpu:
-        cores = len(os.sched_getaffinity(0))
-        count = len(ordinals(subject))
-        many = not subject.synthetic and count > cores
-        yield (
-            warning("parallel sizes", f"{words}: {count} schedulers on {cores} cores", "smaller sizes")
-            if many
-            else ok("parallel sizes", f"{words} on the CPU")
-        )
+        cores, schedulers = len(os.sched_getaffinity(0)), len(ordinals(subject))
+        if schedulers > cores and not subject.synthetic:
+            yield warning("parallel sizes", f"{words}: {schedulers} schedulers on {cores} cores", "smaller sizes")
+        else:
+            yield ok("parallel sizes", f"{words} on the CPU")
         return
     taken = ordinals(subject)
     shown = subject.environ.get("CUDA_VISIBLE_DEVICES")

@@ -144,7 +144,9 @@ def complete(directory: Path, *, needs_weights: bool, needs_tokenizer: bool) -> 
         yield error("model", f"{len(found.wrong) - 5} more files of {directory} are wrong", again)
     if found.files and not found.wrong:
         yield ok("model", f"{directory}: {found.files} safetensors files, {found.bytes / 1e9:.1f} GB, complete")
-    elif not found.files and needs_weights:
+    elif not found.files and not needs_weights:
+        yield ok("model", f"{directory}: no weights, and none are needed")
+    elif not found.files:
         others = [path.name for pattern in ("*.bin", "*.pt", "*.gguf") for path in directory.glob(pattern)]
         if others:
             yield ok("model", f"{directory}: {others[0]} and {len(others) - 1} more, not looked into")
