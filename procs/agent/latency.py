@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.utils import floatToGoString
 
-TTFT_BUCKETS = (0.0, 0.001, 0.0023, 0.0051, 0.012, 0.026, 0.06, 0.14, 0.31, 0.7, 1.6, 3.6, 8.1, 18.0, 42.0, 94.0, 210.0, 480.0)
-ITL_BUCKETS = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.063, 0.13, 0.25, 0.5, 1.0, 2.0)
+TTFT_BUCKETS = (0.0, 0.0022, 0.0047, 0.01, 0.022, 0.047, 0.1, 0.22, 0.47, 1.0, 2.2, 4.7, 10.0, 22.0, 48.0, 100.0, 220.0, 480.0)
+ITL_BUCKETS = (
+    0.0, 0.0018, 0.0033, 0.0059, 0.011, 0.02, 0.035, 0.064, 0.12, 0.21, 0.38, 0.69, 1.2, 2.3, 4.1, 7.4, 13.0, 24.0, 44.0, 80.0,
+)  # fmt: skip
 """Seconds, as the frontend of Dynamo 1.6.1 has them (dynamo_frontend_time_to_first_token_seconds and its kin)."""
 GRID = tuple(1e-4 * 1.1**i for i in range(162))
 """Between the buckets, for quantiles: 0.1 ms to 8 min in steps of 10 %."""

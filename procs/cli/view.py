@@ -27,7 +27,6 @@ HISTORY = 240
 """Values of tokens/s that are kept."""
 KV_LINES = 2
 """More DP ranks than that share lines."""
-LOADING = ("loading", "warming")
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,8 @@ class Seen:
     """Tokens a second, the newest last."""
     trouble: str = ""
     """Why the document is an old one."""
+    gone_at: float | None = None
+    """UNIX seconds: since when no node answers."""
     every: float = 1.0
 
 
@@ -60,9 +61,13 @@ def picture(
 ) -> list[Text]:
     """At most ``height`` lines of at most ``width`` columns. ``now``: UNIX seconds."""
     now = time.time() if now is None else now
-    if not document:
-        lines = [_title(Text("sgnode"), seen, width, now), *_trouble(seen)]
-        return [_cut(line, width, glyphs) for line in [*lines, Text(), _footer()]][:height]
+    if not document or seen.gone_at is not None:
+        lines = [_title(Text(f"node {document.get('name', '')}".strip(), "bold"), seen, width, now), *_trouble(seen)]
+        if document and seen.gone_at is not None:
+            said = ", ".join(filter(None, (document.get("state"), document.get("reason"))))
+            lines.append(Text(f"  last heard {span(now - seen.gone_at)} ago: {said}"))
+            lines += [Text(line, "red") for line in table.crash_lines(document, now)]
+        return [*(_cut(line, width, glyphs) for line in [*lines[: height - 2], Text(), _footer()])][:height]
     state = str(document.get("state", "?"))
     head = Text(f"node {document.get('name', '?')}: ", "bold").append(state, _style(state))
     if document.get("since"):
@@ -157,13 +162,10 @@ def _progress(document: Mapping[str, Any], width: int, glyphs: Glyphs, now: floa
         done = 1 - drain["left_s"] / drain["of_s"]
         words = f"{drain['streams']} streams left, {drain['left_s']:.0f} s of {drain['of_s']:.0f}"
         return [Text(f"  drain    {bar(done, long, glyphs)}  {words}", ON_THE_WAY)]
-    if document.get("state") in LOADING and document.get("since"):
-        engine: Mapping[str, Any] = next((row for row in document.get("processes", ()) if row["name"] == "engine"), {})
-        took = now - (engine.get("since") or document["since"]) if document["state"] == "loading" else 0.0
-        if took and last:
-            return [
-                Text(f"  load     {bar(took / last, long, glyphs)}  {took:.0f} s; the last one took {last:.0f} s", ON_THE_WAY)
-            ]
+    since = document.get("loading_since")
+    if since and last:
+        words = f"{max(0.0, now - since):.0f} s; the last one took {last:.0f} s"
+        return [Text(f"  load     {bar((now - since) / last, long, glyphs)}  {words}", ON_THE_WAY)]
     return []
 
 
@@ -179,7 +181,9 @@ def _load(document: Mapping[str, Any], seen: Seen, width: int, glyphs: Glyphs) -
     first = Text(words)
     first.append(curve(seen.rates, min(HISTORY, width - len(words) - 1), glyphs), "cyan")
     lines = [first, Text(f"  TTFT     {_quantiles(document.get('ttft'))}   ITL {_quantiles(document.get('itl'))}")]
-    return lines + [Text(f"  {line}") for line in _kv(kv, width, glyphs)]
+    if kv or document.get("state") == "ready":
+        lines += [Text(f"  {line}") for line in _kv(kv, width, glyphs)]
+    return lines
 
 
 def _quantiles(found: Mapping[str, float] | None) -> str:

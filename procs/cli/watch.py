@@ -31,6 +31,8 @@ class Answer:
 
     document: dict[str, Any] | None
     trouble: str = ""
+    gone: bool = False
+    """Not only slow."""
 
 
 def look(directory: Path) -> Answer:
@@ -40,7 +42,7 @@ def look(directory: Path) -> Answer:
     except TimeoutError:
         return Answer(None, "supervisord does not answer")
     except GONE:
-        return Answer(None, f"no node is running in {directory}; waiting for one")
+        return Answer(None, f"no node is running in {directory}; waiting for one", gone=True)
     except NodeError as error:
         return Answer(None, str(error))
 
@@ -108,7 +110,7 @@ class _Live:
         self._rates: deque[float] = deque(maxlen=HISTORY)
         self._document: dict[str, Any] = {}
         self._trouble = ""
-        self._gone = True
+        self._gone_at: float | None = time.time()
         self._seconds = seconds
 
     def _poke(self) -> None:
@@ -135,15 +137,17 @@ class _Live:
                     if key in ready:
                         leave = os.read(key, 16)[:1] in (*LEAVES, b"")
                 self._take()
-        return NOT_RUNNING if self._gone else code_of(self._document)
+        return NOT_RUNNING if self._gone_at is not None else code_of(self._document)
 
     def _take(self) -> None:
         while self._asker.answers:
             answer = self._asker.answers.popleft()
             self._trouble = answer.trouble
-            self._gone = answer.document is None
-            if answer.document is not None:
-                self._document = answer.document
+            if answer.document is None:
+                if answer.gone and self._gone_at is None:
+                    self._gone_at = time.time()
+            else:
+                self._document, self._gone_at = answer.document, None
                 rate = answer.document.get("tokens_per_s")
                 self._rates.append(rate or 0.0)
 
@@ -155,9 +159,10 @@ class _Live:
         asked_at, trouble = self._asker.asked_at, self._trouble
         if asked_at is not None and (waits := time.monotonic() - asked_at) > SILENT_SECONDS:
             trouble = f"no answer from supervisord for {waits:.0f} s"
-        self._seen.trouble, self._seen.rates = trouble, list(self._rates)
+        seen = self._seen
+        seen.trouble, seen.rates, seen.gone_at = trouble, list(self._rates), self._gone_at
         width, height = self._console.size
-        lines = picture(self._document, self._seen, width=width, height=height, glyphs=self._glyphs)
+        lines = picture(self._document, seen, width=width, height=height, glyphs=self._glyphs)
         self._live.update(Group(*lines), refresh=True)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.frames import Beat, KvUse
+from shared.state import UP, State
 
 RATE_SECONDS = 2.0
 """Tokens a second are those of about so long."""
@@ -25,6 +26,8 @@ class Load:
         self._tokens: deque[tuple[float, float]] = deque()
         self._life = (0, 0)
         self._kv: dict[int, KvUse] = {}
+        self._loading_since: float | None = None
+        """UNIX seconds: since when the engine loads, its imports included."""
         self.last_seconds = self._read()
         """What the last load took; None when it is not known."""
 
@@ -36,17 +39,23 @@ class Load:
             if self._life != (frame.incarnation, frame.pid):
                 self._life = (frame.incarnation, frame.pid)
                 self._tokens.clear()
-            self._count(frame.numbers)
+                self._loading_since = None
+            self._time_load(frame)
+            if "tokens" in frame.numbers:
+                self._count(frame.numbers["tokens"])
 
-    def _count(self, numbers: dict[str, float]) -> None:
+    def _count(self, tokens: float) -> None:
         now = self._clock()
-        if "tokens" in numbers:
-            self._tokens.append((now, numbers["tokens"]))
-            while len(self._tokens) > 2 and self._tokens[1][0] <= now - RATE_SECONDS:
-                self._tokens.popleft()
-        seconds = numbers.get("load_seconds")
-        if seconds and seconds != self.last_seconds:
-            self.last_seconds = seconds
+        self._tokens.append((now, tokens))
+        while len(self._tokens) > 2 and self._tokens[1][0] <= now - RATE_SECONDS:
+            self._tokens.popleft()
+
+    def _time_load(self, engine: Beat) -> None:
+        if engine.state == State.LOADING:
+            self._loading_since = engine.since
+        elif engine.state in UP and self._loading_since is not None:
+            self.last_seconds = engine.since - self._loading_since
+            self._loading_since = None
             self._write()
 
     def document(self, agents: Sequence[Beat], incarnation: int, *, up: bool) -> dict[str, Any]:
@@ -59,6 +68,7 @@ class Load:
             "tokens": None,
             "tokens_per_s": None,
             "kv": [],
+            "loading_since": self._loading_since if up else None,
             "last_load_s": None if self.last_seconds is None else round(self.last_seconds, 1),
         }
         if up and self._tokens:

@@ -12,8 +12,11 @@ class Bench:
         self.now = 50.0
         self.load = Load(directory, model, lambda: self.now)
 
-    def engine(self, tokens: float, incarnation: int = 1, **more: float) -> None:
-        self.load.hear(beat("engine", incarnation, tokens=tokens, **more))
+    def engine(self, tokens: float, incarnation: int = 1) -> None:
+        self.load.hear(beat("engine", incarnation, tokens=tokens))
+
+    def engine_is(self, state: str, since: float, incarnation: int = 1) -> None:
+        self.load.hear(Beat("engine", 7, state, "", since, "", incarnation, 0))
 
     def document(self, *agents: Beat, incarnation: int = 1, up: bool = True) -> dict[str, Any]:
         return self.load.document(agents, incarnation, up=up)
@@ -65,13 +68,30 @@ def test_latencies_of_agents_become_one_and_none_without_samples(tmp_path: Path)
     assert found["ttft"] == {"p50_s": 0.2, "p99_s": 0.9, "samples": 40} and found["itl"] is None and found["streams"] == 3
 
 
-def test_the_last_load_is_remembered_beside_the_logs_for_the_same_model(tmp_path: Path) -> None:
+def test_a_load_is_timed_and_remembered_beside_the_logs_for_the_same_model(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     assert bench.document()["last_load_s"] is None
-    bench.engine(0, load_seconds=41.26)
-    assert bench.document()["last_load_s"] == 41.3
+    for _ in range(3):
+        bench.engine_is("loading", 1000.0)
+    assert bench.document()["loading_since"] == 1000 and bench.document(up=False)["loading_since"] is None
+    bench.engine_is("warming", 1030.0)
+    assert bench.document()["loading_since"] == 1000
+    for _ in range(3):
+        bench.engine_is("ready", 1041.26)
+    found = bench.document()
+    assert (found["last_load_s"], found["loading_since"]) == (41.3, None)
     assert Bench(tmp_path).document()["last_load_s"] == 41.3
     assert Bench(tmp_path, "/another").document()["last_load_s"] is None
+    bench.engine_is("loading", 2000.0, incarnation=2)
+    bench.engine_is("loading", 2009.0, incarnation=3)
+    bench.engine_is("ready", 2010.0, incarnation=3)
+    assert bench.document()["last_load_s"] == 1, "not from the life that died while it loaded"
     (tmp_path / LAST_LOAD_FILE).write_text("{")
-    assert Bench(tmp_path).document()["last_load_s"] is None
-    Bench(tmp_path / "gone").engine(0, load_seconds=1.0)
+    again = Bench(tmp_path)
+    assert again.document()["last_load_s"] is None
+    again.engine_is("ready", 3000.0)
+    assert again.document()["last_load_s"] is None, "this coordinator has not seen it begin"
+    gone = Bench(tmp_path / "gone")
+    gone.engine_is("loading", 1.0)
+    gone.engine_is("ready", 3.0)
+    assert gone.document()["last_load_s"] == 2

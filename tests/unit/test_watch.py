@@ -67,8 +67,8 @@ def test_it_always_fits(width: int, height: int, glyphs: Glyphs) -> None:
         processes=[process(f"agent:{i}", detail="d" * 100) for i in range(12)] + [process("engine", "failed")],
         drain={"streams": 3, "left_s": 10.0, "of_s": 300.0},
     )
-    for found in (many, document(), {}):
-        lines = shown(found, width=width, height=height, glyphs=glyphs, rates=[1.0] * 300, trouble="t" * 300)
+    for found, gone_at in ((many, None), (many, NOW - 1), (document(), None), ({}, None)):
+        lines = shown(found, width=width, height=height, glyphs=glyphs, rates=[1.0] * 300, trouble="t" * 300, gone_at=gone_at)
         assert len(lines) <= height and max(map(len, lines)) <= width
         assert glyphs is UNICODE or all(each.isascii() for each in lines)
 
@@ -91,10 +91,10 @@ def test_the_end_of_a_crashs_log_is_kept() -> None:
 
 
 def test_progress_of_a_load_and_of_a_drain() -> None:
-    engine = process("engine", "loading", since=NOW - 20)
-    lines = shown(document(state="loading", reason="loading m: weights 3/8 shards, 38 %", processes=[engine]))
+    lines = shown(document(state="loading", reason="loading m: weights 3/8 shards, 38 %", loading_since=NOW - 20))
     assert line(lines, "load ").endswith("20 s; the last one took 41 s") and any("3/8 shards" in each for each in lines)
-    assert not any(each.startswith("  load ") for each in shown(document(state="loading", last_load_s=None, processes=[engine])))
+    first = shown(document(state="loading", last_load_s=None, loading_since=NOW - 20))
+    assert not any(each.startswith("  load ") for each in first)
     drain = shown(document(state="draining", drain={"streams": 12, "left_s": 280.0, "of_s": 300.0}))
     assert line(drain, "drain").endswith("12 streams left, 280 s of 300")
 
@@ -103,6 +103,13 @@ def test_kv_use_of_many_ranks_shares_lines_and_none_says_why() -> None:
     lines = shown(document(kv=[rank(i, 512) for i in range(8)]))
     assert "dp7 ██░░░░░░  25% (3)" in "\n".join(lines) and "waiting 24" in line(lines, "streams")
     assert "--enable-metrics" in line(shown(document(kv=[])), "KV use")
+    assert not any("KV use" in each for each in shown(document(kv=[], state="loading"))), "there is nothing to report yet"
+
+
+def test_a_node_that_has_gone_shows_no_old_figures() -> None:
+    lines = shown(document(state="draining", reason="the node is stopping"), trouble="no node is running", gone_at=NOW - 12)
+    assert lines[1:3] == ["  no node is running", "  last heard 12s ago: draining, the node is stopping"]
+    assert not any("streams" in each or "agent:0" in each for each in lines)
 
 
 def test_a_document_of_an_older_coordinator_is_shown_too() -> None:
