@@ -123,6 +123,7 @@ HELP = {
     "itl_p50_seconds": "Median time from token to token of the last 15 s",
     "itl_p99_seconds": "99th percentile of the time from token to token of the last 15 s",
     "itl_samples": "Tokens that sgnode_itl_p50_seconds is made of",
+    "drain_left_seconds": "In a drain, until streams that still run are ended",
     "registered": "1 while this agent is in discovery",
     "steps": "Step frames sent by the engine",
     "outputs": "Outputs that came out of the engine",

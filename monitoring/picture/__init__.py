@@ -1,0 +1,1 @@
+"""The dashboard drawn by Grafana's own components, without a Grafana."""
