@@ -105,6 +105,9 @@ def _told(document: Mapping[str, Any]) -> list[Metric]:
             restarts.add_metric([row["name"]], row["restarts"])
     if restarts.samples:
         found.append(restarts)
+    if "logs" in document:
+        logs = "1 while a log file can't be written, mostly for want of room"
+        found.append(GaugeMetricFamily("sgnode_log_trouble", logs, value=float(bool(document["logs"]))))
     if "deaths" in document:
         deaths = "Deaths of the engine since its last good life; five in ten minutes are a crash loop"
         found.append(GaugeMetricFamily("sgnode_engine_deaths", deaths, value=len(document["deaths"])))
@@ -123,7 +126,8 @@ HELP = {
     "itl_p50_seconds": "Median time from token to token of the last 15 s",
     "itl_p99_seconds": "99th percentile of the time from token to token of the last 15 s",
     "itl_samples": "Tokens that sgnode_itl_p50_seconds is made of",
-    "drain_left_seconds": "In a drain, until streams that still run are ended",
+    "load_seconds": "What the engine took to load",
+    "drain_left_seconds": "Seconds that a drain's streams still have; 0 without a drain",
     "registered": "1 while this agent is in discovery",
     "steps": "Step frames sent by the engine",
     "outputs": "Outputs that came out of the engine",

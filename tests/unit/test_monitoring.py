@@ -22,6 +22,7 @@ from procs.relay import node_metrics
 from procs.relay.gpu_metrics import GpuMetrics
 from procs.relay.text import expose
 from shared.gpus import Gpus
+from shared.state import Board
 from tests import promql
 from tests.harness import wait_for
 from tests.monitored import RECORDED
@@ -125,6 +126,15 @@ def test_what_is_recorded_is_what_the_code_still_says(catalogue: promql.Catalogu
     of_beats = {name for name in used if catalogue[name] in ({"process"}, {"process", "dp_rank"}) and "_process_" not in name}
     assert of_beats <= {f"sgnode_{key}" for key in node_metrics.HELP}
     assert len(of_beats) > 10
+
+
+def test_a_log_that_can_t_be_written_is_a_number(tmp_path: Path) -> None:
+    def trouble(document: dict[str, Any]) -> str:
+        return node_metrics.render(configure(tmp_path), Board(), {}, document)
+
+    assert "\nsgnode_log_trouble 1.0\n" in trouble({"logs": "engine.log: no space left on device"})
+    assert "\nsgnode_log_trouble 0.0\n" in trouble({"logs": ""})
+    assert "sgnode_log_trouble" not in trouble({})  # supervisord of an older version
 
 
 @pytest.mark.parametrize(
