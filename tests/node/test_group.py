@@ -118,6 +118,9 @@ def test_a_follower_runs_what_its_rank_has_and_says_why(shared: Group) -> None:
     assert (
         f"sgnode_epoch {float(shared.epoch)}" in metrics and 'sgnode_process_state{process="engine",state="ready"} 1.0' in metrics
     )
+    assert 'sgnode_node_state{state="ready"} 1.0' in metrics and 'node_rank="1"' in metrics
+    assert 'sgnode_process_open_fds{process="engine"}' in metrics and 'sgnode_process_restarts_total{process="keeper"}' in metrics
+    assert 'success{collector="agent' not in metrics and metrics.count("sgnode_scrape_collector_success{") == 4
     assert shared.epoch == follower.status()["epoch"]
 
 

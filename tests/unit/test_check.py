@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from procs.cli.serve import CPU_DEFAULTS
+from procs.engine.check import _gpu_ids
 
 ASK = """
 import json, sys
@@ -57,6 +59,7 @@ def refusal(answer: dict[str, Any]) -> str:
 def test_plain_values_of_an_aggregated_worker(check: Check, model: Path) -> None:
     found = check("--served-model-name", "one,two", "--discovery-backend", "file", "--enable-metrics", "--namespace", "ns")
     assert (found["role"], found["model_path"], found["served_model_name"]) == ("aggregated", str(model), "one")
+    assert found["gpu_ids"] == [0]
     assert found["enable_metrics"] is True and (found["tp_size"], found["nnodes"], found["node_rank"]) == (1, 1, 0)
     dynamo = found["dynamo"]
     assert (dynamo["namespace"], dynamo["component"], dynamo["endpoint"]) == ("ns", "backend", "generate")
@@ -264,3 +267,31 @@ def test_a_malformed_engine_route_is_refused_before_anything_starts(check: Check
 
 def test_an_engine_route_twice_is_refused(check: Check) -> None:
     assert "configured more than once" in refusal(check("--engine-route", "a=get_server_info", "--engine-route", "a=flush_cache"))
+
+
+@pytest.mark.parametrize(
+    ("given", "ids"),
+    [
+        ({"tp_size": 2}, [0, 1]),
+        ({"tp_size": 2, "base_gpu_id": 2}, [2, 3]),
+        ({"tp_size": 2, "gpu_id_step": 2}, [0, 2]),
+        ({"tp_size": 2, "dp_size": 2}, [0, 1, 2, 3]),
+        ({"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}, [0, 1, 2, 3]),
+        ({"tp_size": 16, "nnodes": 2}, list(range(8))),
+        ({"tp_size": 2, "pp_size": 2}, [0, 1, 2, 3]),
+        ({"tp_size": 2, "pp_size": 2, "nnodes": 2}, [0, 1]),
+    ],
+)
+def test_which_gpus_a_rank_takes(given: dict[str, Any], ids: list[int]) -> None:
+    """As SGLang 0.5.23 places its schedulers (engine.py, data_parallel_controller.py)."""
+    plain = {
+        "base_gpu_id": 0,
+        "gpu_id_step": 1,
+        "tp_size": 1,
+        "dp_size": 1,
+        "pp_size": 1,
+        "nnodes": 1,
+        "enable_dp_attention": False,
+    }
+    assert _gpu_ids(SimpleNamespace(**{**plain, **given})) == ids
+    assert _gpu_ids(SimpleNamespace()) is None, "Dynamo's image and video workers have a stub of the arguments"

@@ -61,6 +61,12 @@ def test_a_beat_with_odd_numbers_spoils_nothing(tmp_path: Path) -> None:
     assert list(text_string_to_metric_families(text))
 
 
+def test_the_document_has_every_name() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    missing = [name for name in node_metrics.HELP if f"`sgnode_{name}`" not in text]
+    assert not missing, f"docs/metrics.md has no row of {missing}"
+
+
 class Scene:
     def __init__(self, directory: Path, config: NodeConfig) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
