@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 
+from shared import files
 from shared.config import EPOCH_FILE
 
 
@@ -24,6 +25,4 @@ def load(runtime_dir: Path) -> Started:
 
 def save(runtime_dir: Path, started: Started) -> None:
     """Replace it atomically. Raises OSError."""
-    temporary = runtime_dir / f"{EPOCH_FILE}.tmp"
-    temporary.write_bytes(msgspec.json.encode(started))
-    temporary.replace(runtime_dir / EPOCH_FILE)
+    files.rewrite(runtime_dir / EPOCH_FILE, msgspec.json.encode(started))

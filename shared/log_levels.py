@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from shared import files
 from shared.config import LOG_LEVELS_FILE, RUNTIME_DIR_VARIABLE
 from shared.errors import NodeError
 
@@ -84,13 +85,7 @@ def read(runtime_dir: Path) -> dict[str, str]:
 
 def write(runtime_dir: Path, levels: dict[str, str]) -> None:
     """Replace it atomically. Raises OSError."""
-    temporary = runtime_dir / f"{LOG_LEVELS_FILE}.tmp"
-    try:
-        temporary.write_bytes(msgspec.json.encode(levels))
-        temporary.replace(runtime_dir / LOG_LEVELS_FILE)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    files.rewrite(runtime_dir / LOG_LEVELS_FILE, msgspec.json.encode(levels))
 
 
 def parse(environ: Mapping[str, str]) -> tuple[int, dict[str, int]]:

@@ -23,6 +23,7 @@ JSONL_VARIABLE = "DYN_LOGGING_JSONL"
 LOCAL_TIME_VARIABLE = "DYN_LOG_USE_LOCAL_TZ"
 NODE_VARIABLE = "SGNODE_NODE"
 """The node's name, in the environment of all its programs."""
+SGLANG_VARIABLE = "SGLANG_LOGGING_CONFIG_PATH"
 FORMAT = "%(asctime)s %(levelname)s {process}: %(message)s"
 LEVELS = {"WARNING": "WARN"}
 """Names of levels in JSON, where Dynamo's differ from Python's."""
@@ -82,6 +83,13 @@ def ask(wanted: str | None) -> None:
         os.environ[JSONL_VARIABLE] = "true" if wanted == JSONL else "false"
 
 
+def take_back(configured: str | None) -> None:
+    """After somebody else has configured this process's logging. ``configured``: SGLANG_LOGGING_CONFIG_PATH before."""
+    if configured is not None:
+        os.environ[SGLANG_VARIABLE] = configured
+    setup(facts["process"])
+
+
 def check(environ: Mapping[str, str]) -> None:
     """Raises NodeError naming a variable whose value can't be meant."""
     if (asked := environ.get(FORMAT_VARIABLE, "").strip().lower()) not in ("", READABLE, JSONL):
@@ -94,9 +102,9 @@ def sglang_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
     Empty where the user has a configuration of their own, or asks for SGLang's as of dynamo.sglang.
     """
-    if "SGLANG_LOGGING_CONFIG_PATH" in environ or _truthy(environ.get("DYN_SKIP_SGLANG_LOG_FORMATTING", "")):
+    if SGLANG_VARIABLE in environ or _truthy(environ.get("DYN_SKIP_SGLANG_LOG_FORMATTING", "")):
         return {}
-    return {"SGLANG_LOGGING_CONFIG_PATH": str(files("shared") / "sglang_logging.json")}
+    return {SGLANG_VARIABLE: str(files("shared") / "sglang_logging.json")}
 
 
 def line(level: str, message: str) -> bytes:

@@ -31,7 +31,11 @@ def hold(runtime_dir: Path, registration: Registration) -> int:
     hidden = directory / f".{name}"  # without its lock it would read as a dead agent's
     descriptor = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    os.write(descriptor, msgspec.json.encode(registration))
+    try:
+        os.write(descriptor, msgspec.json.encode(registration))
+    except OSError:
+        hidden.unlink()
+        raise
     hidden.rename(directory / name)
     return descriptor
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         try:
             log_levels.write(directory, levels)
         except OSError as error:
-            raise NodeError(f"{directory}: {error.strerror}; make room there, or restart with SGNODE_LOG={level}") from error
+            raise NodeError(f"log-level: {error.strerror}") from error
     for process, level in sorted(levels.items()) or [(ALL, "as the node was started")]:
         print(f"{process or 'all'}: {level}")
     return 0

@@ -384,7 +384,7 @@ class Coordinator:
         try:
             await asyncio.to_thread(crash.write, target, self._config, told, status)
         except OSError as error:
-            logging.warning("no crash bundle: %s", error)
+            logging.warning("no crash bundle: %s: %s; make room there", error.strerror, target)
 
     async def _look_for_hangs(self) -> None:
         if self._wanted == "stop":

@@ -1,13 +1,12 @@
 """One life of the engine on disk: its incarnation number and its temporary directory."""
 
 import contextlib
-import os
 import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared import epoch
+from shared import epoch, files
 from shared.config import INCARNATION_FILE, RUNTIME_DIR_VARIABLE, TEMPORARY_DIR
 
 INCARNATION_VARIABLE = "SGNODE_INCARNATION"
@@ -58,9 +57,7 @@ def begin(runtime_dir: Path) -> Life:
     with contextlib.suppress(FileNotFoundError, ValueError):
         last = int(file.read_text())
     incarnation = last + 1
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(f"{incarnation}\n")
-    os.replace(temporary, file)
+    files.rewrite(file, f"{incarnation}\n".encode())
     root = runtime_dir / TEMPORARY_DIR
     if root.is_dir():
         for old in root.iterdir():
@@ -69,7 +66,8 @@ def begin(runtime_dir: Path) -> Life:
     # Of this life alone: nodes in other containers may share /dev/shm, and have the same runtime directory.
     life = Life(incarnation, epoch.load(runtime_dir).epoch, root / str(incarnation), f"sgnode-{uuid.uuid4().hex[:16]}")
     life.metrics.mkdir(parents=True, mode=0o700)
-    (life.tmp / SHM_MARK_FILE).write_text(life.shm_mark)
+    with contextlib.suppress(OSError):  # a full disk: what it leaves stays, but it runs
+        (life.tmp / SHM_MARK_FILE).write_text(life.shm_mark)
     return life
 
 

@@ -230,8 +230,8 @@ def test_no_room_for_a_level_says_what_to_do(node: Path, monkeypatch: pytest.Mon
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(NodeError, match="No space left on device; make room there"):
+    monkeypatch.setattr("shared.files.os.open", full)
+    with pytest.raises(NodeError, match="No space left on device: .*log-levels.json can't be written; make room there"):
         log_level.main(["debug", "--runtime-dir", str(node)])
 
 

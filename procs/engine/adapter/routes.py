@@ -15,6 +15,7 @@ from dynamo.common.model_taints import TOPOLOGY_TAINT_PREFIX
 from dynamo.sglang.request_handlers.handler_base import BaseWorkerHandler
 
 from procs.engine.adapter.guard import PAUSE, RELEASE, RESUME, Memory, check_body
+from shared import files
 from shared.config import ADAPTERS_FILE
 from shared.errors import Code, RequestError
 from shared.frames import Serving
@@ -145,9 +146,10 @@ class Routes(BaseWorkerHandler):  # type: ignore[misc]
         self._write()
 
     def _write(self) -> None:
-        temporary = self._file.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(self._sources))
-        temporary.replace(self._file)
+        try:
+            files.rewrite(self._file, json.dumps(self._sources).encode())
+        except OSError as error:  # they serve now all the same
+            logging.error("%s: the engine's next life will not have these adapters: %s", error.strerror, list(self._sources))
 
     async def reload(self) -> None:
         """Load the adapters that an earlier incarnation had; one that fails is left out, and said."""
