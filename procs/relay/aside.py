@@ -12,7 +12,7 @@ READ_SECONDS = 0.5
 
 
 class Aside(Generic[T]):
-    """One thing to read. A reading that hangs is not begun twice; what it finds after all is the next answer.
+    """One thing to read. A reading that hangs is not begun twice; what it finds too late is thrown away.
 
     Daemon threads, not the loop's executor: a process must be able to end while one of them hangs.
     """
@@ -25,14 +25,13 @@ class Aside(Generic[T]):
 
     async def get(self, seconds: float = READ_SECONDS) -> T | None:
         """None when there is no answer in time, or an error instead of one; a change from or to that is logged."""
-        if self._reading is None:
+        if self._reading is None or self._reading.done():
             self._reading = self._begin()
         reading = self._reading
         await asyncio.wait([reading], timeout=seconds)
         if not reading.done():
             self._say(f"no answer within {seconds:.1f} s")
             return None
-        self._reading = None
         if (error := reading.exception()) is not None:
             self._say(str(error) or type(error).__name__)
             return None
@@ -42,6 +41,7 @@ class Aside(Generic[T]):
     def _begin(self) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may come when nobody waits
 
         def done(result: T | None, error: Exception | None) -> None:
             if future.done():

@@ -198,6 +198,25 @@ def test_what_is_read_aside_is_waited_for_once_and_said_once(caplog: pytest.LogC
     assert [record.message for record in caplog.records] == ["metrics of it: broken", "metrics of it: they are read again"]
 
 
+def test_what_comes_too_late_is_not_the_next_answer() -> None:
+    gate, answers = threading.Event(), iter([1, 2])
+
+    def read() -> int:
+        answer = next(answers)
+        gate.wait(10)
+        return answer
+
+    async def main() -> None:
+        aside = Aside("it", read)
+        assert await aside.get(0.01) is None and await aside.get(0.01) is None
+        late = aside._reading
+        gate.set()
+        assert late is not None and await late == 1
+        assert await aside.get() == 2
+
+    asyncio.run(main())
+
+
 def test_processes_by_name_and_the_engines_children_by_title() -> None:
     title = "import sys, subprocess; subprocess.Popen(['sgnode::child', '-c', 'input()'], executable=sys.executable); input()"
     engine = subprocess.Popen([sys.executable, "-c", title], stdin=-1)
