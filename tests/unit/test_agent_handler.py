@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from dynamo.llm.exceptions import CannotConnect, Disconnected, EngineShutdown, HttpError, InvalidArgument
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from procs.agent.drain import CUT_SECONDS, Drain
 from procs.agent.failures import abort_exception, exception
 from procs.agent.handler import Handler
+from procs.agent.tracing import Tracing
 from shared.engine_client import EngineClient
 from shared.errors import Code, RequestError
 from shared.frames import Beat, Death
@@ -381,3 +383,49 @@ def test_a_drain_skips_the_grace_when_no_router_ever_knew_the_worker_and_in_a_hu
     hurried = Drain(5.0, 300.0, 0.0)
     assert hurried.look(0.1, running=1, withdrawn_at=0.0, hurry=True).cut
     assert hurried.look(0.2, running=0, withdrawn_at=0.0, hurry=True).done
+
+
+def test_one_id_is_in_the_lines_of_agent_and_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(scene: Scene) -> None:
+        scene.context.headers = {"traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01"}
+        collecting = asyncio.create_task(collect(scene.call()))
+        (rid,) = await scene.submitted()
+        scene.tokens(rid, 1, finish={"type": "abort", "message": "x"})
+        with pytest.raises(EngineShutdown):
+            await collecting
+        lines = [record for record in caplog.records if "Request ID" in record.message]
+        assert [(record.levelname, record.message) for record in lines] == [
+            ("DEBUG", "New Request ID: ctx"),
+            ("INFO", f"Submitted SGLang Request ID: {rid}, Context: ctx"),
+            ("DEBUG", f"New SGLang Request ID: {rid}, Context: ctx"),
+            ("INFO", f"Aborted Request ID: {rid}, Context: ctx, after 1 tokens"),
+        ]
+        assert [record.__dict__["request_id"] for record in lines] == ["ctx"] * 4
+        assert lines[1].__dict__["trace_id"] == "a" * 32 and lines[1].__dict__["rid"] == rid
+
+    with caplog.at_level("DEBUG"):
+        run(tmp_path, test)
+
+
+def test_a_request_has_a_span_with_its_end(tmp_path: Path) -> None:
+    exporter = InMemorySpanExporter()
+
+    async def test(scene: Scene) -> None:
+        scene.handler.tracing = Tracing("agent:0", "n", exporter)
+        collecting = asyncio.create_task(collect(scene.call()))
+        (rid,) = await scene.submitted()
+        scene.tokens(rid, 1, 2, finish={"type": "stop"})
+        await collecting
+        failing = asyncio.create_task(collect(scene.call()))
+        _, second = await scene.submitted(2)
+        scene.bench.service.failed(second, Code.INTERNAL, "oops")
+        with pytest.raises(RuntimeError, match="oops"):
+            await failing
+        scene.refusing = "draining"
+        with pytest.raises(EngineShutdown):
+            await collect(scene.call())
+        scene.handler.tracing.close()
+        ends = [(dict(span.attributes or {}).get("error.type"), len(span.events)) for span in exporter.get_finished_spans()]
+        assert ends == [(None, 1), (str(Code.INTERNAL), 0), (str(Code.DRAINING), 0)]
+
+    run(tmp_path, test)
