@@ -1,11 +1,14 @@
 """`sgnode doctor`: what each check says of what it may find, from made-up facts."""
 
 import dataclasses
+import hashlib
 import json
 import struct
+import sys
 import threading
 from collections.abc import Iterable
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -541,3 +544,103 @@ def test_temporary_files_of_earlier_engines(tmp_path: Path) -> None:
 
 def test_a_synthetic_node_needs_no_sglang() -> None:
     assert subject(synthetic=Synthetic()).on_cpu and not subject(synthetic=Synthetic()).running
+
+
+# --- families put together --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_host(monkeypatch: pytest.MonkeyPatch) -> gpu.Facts:
+    """A host with two GPUs, one of which another program uses."""
+    facts = gpu.Facts("580.1", gpus(2), (13, 0))
+    facts.gpus[1].holders = [(1, 9000)]
+    monkeypatch.setattr("procs.cli.serve.has_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "facts", lambda _: facts)
+    monkeypatch.setattr(gpu, "torch_build", lambda: ("2.11.0", "13.0"))
+    return facts
+
+
+def test_a_gpu_host(gpu_host: gpu.Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wrong(gpu.check(subject())) == [], "GPU 1 is not wanted"
+    only(gpu.check(subject(tp_size=2)), "warning", "GPU 1: 9000 MiB")
+    only(gpu.check(subject(environ={"CUDA_VISIBLE_DEVICES": "1"})), "warning", "GPU 1: 9000 MiB")
+    assert [each[0] for each in wrong(gpu.check(subject(tp_size=4)))] == ["error", "warning"], (
+        "too few, and what is there is used"
+    )
+    assert wrong(gpu.check(subject("--device", "cpu", tp_size=1))) == []
+    only(gpu.check(Subject({})), "warning", "GPU 1: 9000 MiB")
+    assert gpu.smallest_mib(subject(tp_size=2)) == 81559 and gpu.smallest_mib(subject("--device", "cpu")) is None
+
+    def fails(_: Subject) -> gpu.Facts:
+        raise ChildProcessError("NVML: Driver/library version mismatch")
+
+    monkeypatch.setattr(gpu, "facts", fails)
+    only(gpu.check(subject()), "error", "version mismatch")
+    assert wrong(gpu.check(subject("--device", "cpu"))) == []
+
+
+def test_weights_that_a_gpu_host_has_no_room_for(gpu_host: gpu.Facts, sharded: Path) -> None:
+    size = 100 * GIB
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (sharded / "model-00001-of-00003.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)  # holes, no blocks
+    assert wrong(looked(sharded)) == []
+
+    def says(*argv: str, **fields: Any) -> list[tuple[str, str]]:
+        made = subject(*argv, **fields)
+        assert made.config is not None
+        config = msgspec.structs.replace(made.config, model_path=str(sharded))
+        found = memory.check(dataclasses.replace(made, config=config))
+        return wrong(each for each in found if each.check == "gpu memory")
+
+    assert says() == [("error", "100.0 GiB of weights a GPU, which has 79.6")] and says(tp_size=2) == []
+    assert [each[0] for each in says("--quantization", "fp8")] == ["warning"]
+    assert says("--load-format", "dummy") == [] == says(synthetic=Synthetic())
+
+
+def test_ports_of_a_node_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Subject, "owns", lambda _, pid: pid == 7)
+    port = ports.Port("--http-port", "127.0.0.1", 8000)
+    node = dataclasses.replace(subject(), supervisord=1)
+    assert wrong(ports.held(port, [7], node)) == [] == wrong(ports.held(port, [0], node))
+    only(ports.held(port, [1], node), "error", "--http-port 8000 is held by pid 1 (", "not by this node")
+    only(ports.held(port, [], node), "error", "nobody listens")
+    assert list(ports.held(dataclasses.replace(port, needed=False), [], node)) == []
+    assert numbers(subject("--nccl-port", "29500"))["--nccl-port"] == [29500]
+
+
+def test_the_engines_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = {"processes": [{"name": "engine", "pid": 7}]}
+    node = dataclasses.replace(subject(), document=document, supervisord=1)
+    groups = {"text": "0::/system.slice/sgnode@n.service\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: groups["text"])
+    assert wrong(running.cgroup(node)) == [], "nobody promised one"
+    only(running.cgroup(dataclasses.replace(node, environ={"INVOCATION_ID": "1"})), "warning", "no cgroup of its own")
+    name = "sgnode-" + hashlib.sha256(b"/nowhere/n").hexdigest()[:16]
+    groups["text"] = f"0::/x/{name}\n"
+    [found] = running.cgroup(dataclasses.replace(node, environ={"INVOCATION_ID": "1"}))
+    assert found.level is Level.OK and name in found.found
+    assert list(running.cgroup(dataclasses.replace(node, document={}))) == []
+
+
+def test_a_node_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = str(Path(sys.prefix) / "bin" / "python")
+    lines = {"command": own}
+    monkeypatch.setattr(Path, "read_bytes", lambda path: f"{lines['command']}\0-m\0supervisor".encode())
+    node = dataclasses.replace(subject(), supervisord=1)
+    assert node.config is not None
+    node = dataclasses.replace(node, config=msgspec.structs.replace(node.config, version=version("sgnode")))
+    assert wrong(versions.runs_another(node)) == []
+    lines["command"] = "/opt/sgnode-0.0.9/bin/python"
+    only(versions.runs_another(node), "warning", "the node runs from /opt/sgnode-0.0.9/bin")
+    older = dataclasses.replace(node, config=msgspec.structs.replace(node.config, version="0.0.9"))
+    only(versions.runs_another(older), "warning", "started by sgnode 0.0.9")
+
+
+def test_what_is_good_is_said_too(tmp_path: Path) -> None:
+    tested = {"sglang": "0.5.23", "ai-dynamo": "1.6.1", "ai-dynamo-runtime": "1.6.1"}
+    assert [each.level for each in versions.judge(tested, on_cpu=True)] == [Level.OK]
+    assert [each.level for each in running.errors(tmp_path, 0.0)] == [Level.OK]
+    node = dataclasses.replace(subject(), directory=tmp_path)
+    assert [each.check for each in disk.check(node)] == ["runtime directory", "disk"], "one file system, one line"
