@@ -1,4 +1,7 @@
-"""Dynamo's variables for health checks and the system port's paths: what Dynamo would silently pass over is an error here."""
+"""Dynamo's variables for health checks and the system port's paths, as Dynamo 1.6.1 takes them.
+
+Of a value that it doesn't take, each agent's and the frontend's runtime ends again and again: here it is an error at start.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +14,6 @@ SECONDS = {
     "DYN_HEALTH_CHECK_BUSY_STALL": "busy_stall",
 }
 PATHS = {"DYN_SYSTEM_HEALTH_PATH": "health_path", "DYN_SYSTEM_LIVE_PATH": "live_path"}
-LEAST_SECONDS = 0.1
-TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 TAKEN = ("/ready", "/metrics", "/metadata", "/engine", "/v1")
 """Paths of the system port that are something else."""
 
@@ -24,24 +25,20 @@ def read(environ: Mapping[str, str]) -> dict[str, Any]:
     if found.get("health_path", "/health") == found.get("live_path", "/live"):
         raise NodeError("DYN_SYSTEM_HEALTH_PATH and DYN_SYSTEM_LIVE_PATH: expected two paths, they are the same")
     if text := environ.get("DYN_SYSTEM_STARTING_HEALTH_STATUS"):
-        if text.lower() not in ("ready", "notready"):
+        if text not in ("ready", "notready"):
             raise NodeError(f"DYN_SYSTEM_STARTING_HEALTH_STATUS: expected ready or notready, got {text!r}")
-        found["starting_status"] = text.lower()
+        found["starting_status"] = text
     if text := environ.get("DYN_HEALTH_CHECK_ENABLED"):
-        if text.lower() not in TRUE + FALSE:
+        if text not in ("true", "false"):
             raise NodeError(f"DYN_HEALTH_CHECK_ENABLED: expected true or false, got {text!r}")
-        found["canaries"] = text.lower() in TRUE
+        found["canaries"] = text == "true"
     return found
 
 
 def _seconds(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not LEAST_SECONDS <= value < 1e9:
-        raise NodeError(f"{name}: expected seconds from {LEAST_SECONDS}, got {text!r}")
-    return value
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) < 10**9:
+        raise NodeError(f"{name}: expected whole seconds from 1, got {text!r}")
+    return float(text)
 
 
 def _path(name: str, text: str) -> str:

@@ -17,16 +17,16 @@ def test_all_of_them() -> None:
     found = health.read(
         {
             "DYN_CANARY_WAIT_TIME": "5",
-            "DYN_HEALTH_CHECK_REQUEST_TIMEOUT": "7.5",
+            "DYN_HEALTH_CHECK_REQUEST_TIMEOUT": "7",
             "DYN_HEALTH_CHECK_BUSY_STALL": "90",
-            "DYN_HEALTH_CHECK_ENABLED": "False",
+            "DYN_HEALTH_CHECK_ENABLED": "false",
             "DYN_SYSTEM_HEALTH_PATH": "/healthz",
             "DYN_SYSTEM_LIVE_PATH": "/livez",
             "DYN_SYSTEM_STARTING_HEALTH_STATUS": "ready",
         }
     )
     assert found == {
-        "canary_wait": 5.0, "canary_timeout": 7.5, "busy_stall": 90.0, "canaries": False,
+        "canary_wait": 5.0, "canary_timeout": 7.0, "busy_stall": 90.0, "canaries": False,
         "health_path": "/healthz", "live_path": "/livez", "starting_status": "ready",
     }  # fmt: skip
 
@@ -37,8 +37,10 @@ def test_all_of_them() -> None:
         ("DYN_CANARY_WAIT_TIME", "soon"),
         ("DYN_CANARY_WAIT_TIME", "-1"),
         ("DYN_HEALTH_CHECK_REQUEST_TIMEOUT", "0"),
-        ("DYN_HEALTH_CHECK_BUSY_STALL", "nan"),
         ("DYN_HEALTH_CHECK_BUSY_STALL", "inf"),
+        ("DYN_CANARY_WAIT_TIME", "0.5"),
+        ("DYN_HEALTH_CHECK_ENABLED", "True"),
+        ("DYN_HEALTH_CHECK_ENABLED", "1"),
         ("DYN_HEALTH_CHECK_ENABLED", "maybe"),
         ("DYN_SYSTEM_STARTING_HEALTH_STATUS", "fine"),
         ("DYN_SYSTEM_HEALTH_PATH", "healthz"),

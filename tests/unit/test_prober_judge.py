@@ -173,3 +173,7 @@ def test_one_output_for_an_aborted_request_beside_a_long_prefill_is_one_strike_o
 def test_a_blocked_loop_is_known_by_its_lag() -> None:
     assert blocked(beat(loop_lag=9.0), LIMITS) == "" and "not turned for 11 s" in blocked(beat(loop_lag=11.0), LIMITS)
     assert blocked(beat(loop_lag=2.0), Limits(1, 1.5, 60)), "shortened with the canary's time"
+
+
+def test_tokens_that_come_out_after_all_forget_the_first_strike() -> None:
+    assert way_out(120, handed=lambda t: t, outputs=lambda t: t // 40) == ([31, 70, 110], False)
