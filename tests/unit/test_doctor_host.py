@@ -239,3 +239,9 @@ def test_shared_memory_that_a_process_has_is_no_leftover(tmp_path: Path) -> None
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--help"]) == 0 and "in place of `serve`" in capsys.readouterr().out
     assert command.CHECKS[0][0] == "node"
+
+
+def test_it_starts_fast_because_it_imports_neither_torch_nor_sglang() -> None:
+    code = "import sys, procs.cli.doctor.command; print({'torch', 'sglang', 'dynamo', 'pynvml'} & set(sys.modules) or 'none')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "none\n"
