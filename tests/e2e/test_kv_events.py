@@ -18,7 +18,7 @@ import requests
 from shared.state import BEAT_SECONDS
 from tests.e2e.conftest import MODEL
 from tests.frontend import LOOPBACK, Frontend, free_port
-from tests.harness import CPU, SGNODE, Node, instances, model_cards, send, wait_for
+from tests.harness import CPU, ONE_THREAD, SGNODE, Node, instances, model_cards, send, wait_for
 from tests.kv_follower import Follower
 from tests.kv_player import Dropper, Fold, Player
 from tests.kv_router import KvRouter
@@ -52,12 +52,12 @@ class Cluster:
         # As dynamo.sglang wants them, open to the network; and closed.
         opened = {"endpoint": f"tcp://*:{free_port()}", "replay_endpoint": f"tcp://*:{free_port()}"}
         closed = {"endpoint": f"tcp://lo:{live}", "replay_endpoint": replay, "bind": True, "buffer_steps": 1_000_000}
-        small = ["--max-total-tokens", "4096", "--chunked-prefill-size", "64"]
+        small = ["--max-total-tokens", "4096", "--chunked-prefill-size", "512"]
         for agents, where, cache in ((2, opened, CPU), (1, closed, small)):
             flags = [str(model), "--served-model-name", MODEL, *cache, "--no-frontend", "--agents", str(agents)]
             flags += ["--page-size", str(PAGE), "--drain-grace", "0.5"]
             flags += ["--kv-events-config", json.dumps({"publisher": "zmq", "topic": "kv-events", **where})]
-            self.nodes.append(Node(*flags, name=f"kv{agents}", env={"DYN_FILE_KV": str(store)}))
+            self.nodes.append(Node(*flags, name=f"kv{agents}", env={"DYN_FILE_KV": str(store), **ONE_THREAD}))
         hosts = self.nodes[1].root / "hosts"
         hosts.write_text(f"127.0.0.1 localhost\n{ELSEWHERE} lo\n")
         alone = f'mount --bind {hosts} /etc/hosts && exec "$@"'
@@ -119,7 +119,7 @@ class Cluster:
                 chance = random.Random(self.asked)
                 tokens = prompt(1000 + chance.randrange(8))[: PAGE * chance.randrange(BLOCKS)]
                 tokens += chance.choices(range(20, 250), k=length - len(tokens))
-                streams.start(self.frontend.url, MODEL, 1, 4, prompt=tokens)
+                streams.start(self.frontend.url, MODEL, 1, 1, prompt=tokens)
             assert not [result for result in streams.join() if not result.complete], streams.results
 
     def agree(self, seconds: float = 15.0) -> float:
@@ -260,12 +260,12 @@ def test_a_router_believes_what_the_engine_holds_whatever_got_lost(cluster: Clus
     dropper.share, seen = DROPPED, dropper.seen
     began = time.monotonic()
     while cluster.fold.events < EVENTS:
-        cluster.fill(*[PAGE * 60] * 50)
+        cluster.fill(*[PAGE * BLOCKS] * 200)
         cluster.fold.look()
     figures(events=cluster.fold.events, frames=cluster.fold.frames, load_s=round(time.monotonic() - began, 1))
     converged = cluster.agree()
-    assert dropper.dropped > (dropper.seen - seen) * DROPPED / 2
-    assert cluster.metric("kv_event_frames_lost")[1] == 0 and cluster.metric("kv_event_gaps")[1] > 100
+    assert dropper.dropped > (dropper.seen - seen) * DROPPED / 2 > 10
+    assert cluster.metric("kv_event_frames_lost")[1] == 0 and cluster.metric("kv_event_gaps")[1] > dropper.dropped / 4
     figures(after="drops", dropped_frames=dropper.dropped, converged_s=converged, blocks=len(cluster.fold.look()))
     (incumbent,) = cluster.incumbent.believed()
     blocks, missing, stale = cluster.differ(cluster.incumbent, incumbent)

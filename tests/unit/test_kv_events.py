@@ -291,7 +291,11 @@ def test_a_loss_that_nobody_can_make_good_is_said_and_withdraws_what_is_not_prov
         await scene.known({(7, 0): [1, 4], (8, 0): [1, 4]})
         assert "KV events of DP rank 0 are incomplete: 1 frames lost (replay_endpoint has them no longer)" in scene.kv.detail
         numbers = scene.kv.numbers()
-        assert (numbers["kv_event_gaps_dp0"], numbers["kv_event_frames_lost_dp0"], numbers["kv_blocks_unvouched_dp0"]) == (1, 1, 2)
+        assert (numbers["kv_event_gaps_dp0"], numbers["kv_event_frames_lost_dp0"], numbers["kv_blocks_unvouched_dp0"]) == (
+            1,
+            1,
+            2,
+        )
         scene.workers(7, 8, 9)
         await scene.known({key: [1, 4] for key in ((7, 0), (8, 0), (9, 0))})
         scene.player.say(CLEARED)
