@@ -6,6 +6,8 @@ and publishes for one worker; it is done when the router knows the last block.
 """
 
 import argparse
+import asyncio
+import atexit
 import datetime
 import json
 import os
@@ -14,8 +16,9 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -120,15 +123,33 @@ class Relay:
         environ = {**os.environ, **LOOPBACK, "DYN_FILE_KV": str(store), "HOME": str(root), "DYN_LOG": "error"}
         command = [sys.executable, "-m", "tests.dp_worker", str(model), "demo", str(PAGE)]
         self._leaders = [subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) for _ in range(agents)]
+        for leader in self._leaders:
+            atexit.register(leader.kill)
         self.workers = {int(each.stdout.readline()) for each in self._leaders if each.stdout is not None}
-        self.follower = Follower(root / "f", store, PAGE, ON_CORE)
-        for heart in self.follower.hearts:
-            heart.start()
+        self._loop = asyncio.new_event_loop()  # of the beats
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.follower = self._run(self._follow(root / "f", store))
+        atexit.register(self.follower.relay.kill)
         self._beats = sockets.subscriber(zmq.Context(), root / "f", ["relay"])
         self._decoder = msgspec.msgpack.Decoder(AnyState)
         self.router = KvRouter(store, PAGE)
         self.router.overlaps([1] * PAGE)
+        self._run(self._say(player))
+
+    def _run(self, call: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result(30)
+
+    async def _follow(self, directory: Path, store: Path) -> Follower:
+        follower = Follower(directory, store, PAGE, ON_CORE)
+        for heart in follower.hearts:
+            heart.start()
+        return follower
+
+    async def _say(self, player: Player) -> None:
         self.follower.say(player, self.workers)
+
+    async def _close(self) -> None:
+        self.follower.close()
 
     def numbers(self) -> dict[str, float]:
         """Of its next beat."""
@@ -150,7 +171,8 @@ class Relay:
 
     def close(self) -> None:
         self.router.close()
-        self.follower.close()
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
         for leader in self._leaders:
             leader.kill()
             leader.wait()
