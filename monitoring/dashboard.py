@@ -78,7 +78,8 @@ def _up() -> list[Panel]:
         number(
             "Versions",
             "",
-            (f"sgnode_build_info{{{NODE}}}", "{{instance}} {{role}}: {{version}}, SGLang {{sglang}}, Dynamo {{dynamo}}"),
+            (f"sgnode_build_info{{{NODE}}}", "{{version}}, SGLang {{sglang}}, Dynamo {{dynamo}}"),
+            names=True,
         ),
     ]
 
@@ -268,12 +269,14 @@ def _frontend() -> list[Panel]:
             "By kind and outcome.",
             (rate("model_migration_total", "model, migration_type"), "{{model}} {{migration_type}}"),
             unit="reqps",
+            span=12,
         ),
         lines(
             "Cancelled a second, at the frontend",
             "",
             (rate("model_cancellation_total", "model"), "{{model}}"),
             unit="reqps",
+            span=12,
         ),
     ]
 

@@ -39,11 +39,17 @@ def _targets(panel: P, queries: tuple[Query, ...], instant: bool = False) -> P:
 
 
 def number(
-    title: str, says: str, *queries: Query, unit: str = "none", steps: tuple[tuple[float | None, str], ...] = ()
+    title: str,
+    says: str,
+    *queries: Query,
+    unit: str = "none",
+    steps: tuple[tuple[float | None, str], ...] = (),
+    names: bool = False,
 ) -> stat.Panel:
-    """One number a series, now."""
+    """One number a series, now; ``names``: its legend alone."""
     panel = stat.Panel().title(title).description(says).span(4).height(5).unit(unit)
-    panel.graph_mode(BigValueGraphMode.NONE).color_mode(BigValueColorMode.VALUE).text_mode(BigValueTextMode.VALUE_AND_NAME)
+    panel.graph_mode(BigValueGraphMode.NONE).color_mode(BigValueColorMode.VALUE)
+    panel.text_mode(BigValueTextMode.NAME if names else BigValueTextMode.VALUE_AND_NAME)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     panel.thresholds(_steps(*(steps or ((None, "text"),))))
     return _targets(panel, queries, instant=True)

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from monitoring import DASHBOARD, check
 
 HERE = Path(__file__).parent
@@ -65,6 +67,8 @@ def draw(work: Path, picture: dict[str, Any], output: Path) -> None:
     chromium = [os.environ.get("CHROMIUM", "chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     chromium += [f"--window-size={WIDTH},{height}", "--virtual-time-budget=10000", f"--screenshot={output.resolve()}"]
     subprocess.run([*chromium, (work / "picture.html").as_uri()], check=True, stderr=subprocess.DEVNULL)
+    with Image.open(output) as image:  # of few colours as it is: a third of the size
+        image.convert("RGB").quantize(256).save(output, optimize=True)
 
 
 def main() -> int:

@@ -35,7 +35,7 @@ function Numbers({ panel, series, width, height }) {
     const f = frame(s, i, panel).fields[1];
     f.config.color = { mode: 'thresholds' };
     const value = { ...getDisplayProcessor({ field: f, theme })(s.values.at(-1)?.[1]), title: s.legend };
-    return <BigValue key={i} value={value} width={each} height={height} theme={theme} colorMode="value" graphMode="none" textMode="value_and_name" justifyMode="auto" />;
+    return <BigValue key={i} value={value} width={each} height={height} theme={theme} colorMode="value" graphMode="none" textMode={panel.options.textMode} justifyMode="auto" />;
   })}</div>;
 }
 

@@ -30,7 +30,8 @@ from tests.prometheus import Prometheus
 from tests.unit.test_gpu import Library
 from tests.unit.test_relay import configure
 
-OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+ROOT = Path(__file__).parents[2]
+MONITORING = ROOT / "docs" / "monitoring.md"
 TESTS = ALERTS.with_name("alerts_test.yml")
 QUERIES = list(check.queries(json.loads(DASHBOARD.read_text())))
 RULES = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
@@ -114,8 +115,9 @@ def test_an_alert_says_what_and_what_to_do(rule: dict[str, Any], catalogue: prom
     assert set(ANNOTATED.findall(json.dumps(says))) <= there
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert says["summary"] and says["action"]
+    assert f"| `{rule['alert']}` | {rule['labels']['severity']} |" in MONITORING.read_text()
     page, _, anchor = says["runbook"].partition("#")
-    headings = re.findall(r"^#+ (.*)$", (OPERATIONS.parents[1] / page).read_text(), re.M)
+    headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.M)
     assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
