@@ -134,7 +134,9 @@ class Canary:
         problem, again = "", True
         if probe.answer.done():
             problem, again = probe.answer.result(), False
-        elif not (problem := rank.late(probe.sent, now)):
+        elif problem := rank.late(probe.sent, now):
+            problem = self._out.words(now) or problem  # it was made, and is on its way out for ever
+        else:
             return
         probe.end()
         del self._probes[rank.number]

@@ -160,7 +160,11 @@ class WayOut:
 
     def lost(self, now: float) -> str:
         """Why nothing comes out; empty when it may."""
-        if self._since is None or now - self._since < self._limits.timeout:
+        return "" if self._since is None or now - self._since < self._limits.timeout else self.words(now)
+
+    def words(self, now: float) -> str:
+        """Since when nothing has come out, of what was handed out; empty when all has."""
+        if self._since is None:
             return ""
         return f"the scheduler has handed out tokens for {now - self._since:.0f} s, and none came out of the engine"
 
