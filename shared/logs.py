@@ -27,8 +27,8 @@ SGLANG_VARIABLE = "SGLANG_LOGGING_CONFIG_PATH"
 FORMAT = "%(asctime)s %(levelname)s {process}: %(message)s"
 LEVELS = {"WARNING": "WARN"}
 """Names of levels in JSON, where Dynamo's differ from Python's."""
-IDS = ("request_id", "rid", "trace_id")
-"""What a log call may pass in ``extra``: the frontend's id of a request, the engine's, and the trace's."""
+IDS = ("request_id", "x_request_id", "rid", "trace_id")
+"""What a log call may pass in ``extra``: a request's id of the frontend, of its client, of the engine, of the trace."""
 LINE_BYTES = 47 * 1024
 """A JSON line is never longer, so that journald (LineMax= 48K) and the like leave it whole; what is left out is said."""
 facts: dict[str, Any] = {}

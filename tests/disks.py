@@ -19,9 +19,9 @@ def tmpfs(path: Path, size: str) -> Iterator[Path]:
 
 
 def fill(path: Path) -> Path:
-    """Take all the room, and prove it. The file to remove."""
+    """Take all the room, or what has become free since, and prove it. The file to remove."""
     filler = path / "filler"
-    with filler.open("wb", buffering=0) as file:
+    with filler.open("ab", buffering=0) as file:
         for size in (65536, 4096, 1):
             with contextlib.suppress(OSError):
                 while True:

@@ -98,7 +98,9 @@ class Handler:
     ) -> tuple[Asked, Chunk | None]:
         """Submit every sample; ``streams`` has those that were, also when one is refused. ``headers``: of the trace."""
         context_id = context.id()
-        ids = {"request_id": context_id, "trace_id": (headers or {}).get("traceparent", "")[3:35]}
+        headers = headers or {}
+        client = headers.get("x-request-id", "")
+        ids = {"request_id": context_id, "x_request_id": client, "trace_id": headers.get("traceparent", "")[3:35]}
         logging.debug("New Request ID: %s", context_id, extra=ids)
         if reason := self._refuse():
             raise RequestError(Code.DRAINING, reason)
@@ -107,7 +109,7 @@ class Handler:
         facts = self._client.welcome.facts
         if not isinstance(request, dict):
             raise RequestError(Code.INVALID, "invalid request: expected an object")
-        asked = Asked(request, facts, context_id, headers if facts.traces else None)
+        asked = Asked(request, facts, context_id, headers or None if facts.traces else None)
         try:
             payloads = self._role.to_engine(asked)
             opening = self._role.opening(asked, payloads[0])

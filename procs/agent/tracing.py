@@ -85,6 +85,8 @@ class Tracing:
         from opentelemetry import trace
 
         attributes: dict[str, str | int] = {"request_id": context_id, "gen_ai.usage.prompt_tokens": prompt_tokens}
+        if headers and "x-request-id" in headers:
+            attributes["x_request_id"] = headers["x-request-id"]
         span = self._tracer.start_span(NAME, self._propagator.extract(dict(headers or {})), attributes=attributes)
         carried: dict[str, str] = {}
         self._propagator.inject(carried, trace.set_span_in_context(span))

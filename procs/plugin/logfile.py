@@ -38,8 +38,11 @@ class LogFile(loggers.Handler):  # type: ignore[misc]
         self.trouble = ""
         self._descriptor = -1
         self._size = 0
+        self._whole = 0
+        """Bytes up to the end of the last whole line."""
         self._lost = 0
-        self._within_line = False
+        self._skipping = False
+        """The rest of a line whose beginning was lost is to come."""
         LogFile.all.add(self)
         self._open()
 
@@ -76,13 +79,17 @@ class LogFile(loggers.Handler):  # type: ignore[misc]
     # --- writing ---
 
     def write(self, data: bytes) -> None:
-        """What finds no room is lost, from the first byte that does not; the next write says how much."""
-        if self._lost and not self.retry():
-            self._lost += len(data)
+        """What finds no room is lost, in whole lines; the next write says how much."""
+        if self._skipping:
+            rest, end, data = data.partition(b"\n")
+            self._lost += len(rest) + len(end)
+            self._skipping = not end
+        if not data:
             return
-        written = self._put(data)
-        self._lost += len(data) - written
-        if self._size >= self.maxBytes > 0 and (not self._within_line or self._size > self.maxBytes + LINE_SLACK):
+        if (self._lost and not self.retry()) or not self._put(data):
+            self._lost += len(data)
+            self._skipping = not data.endswith(b"\n")
+        elif self._size >= self.maxBytes > 0 and (self._size == self._whole or self._size > self.maxBytes + LINE_SLACK):
             self._roll()
 
     def retry(self) -> bool:
@@ -90,22 +97,16 @@ class LogFile(loggers.Handler):  # type: ignore[misc]
         if not self._lost:
             return True
         words = f"{self._lost} bytes are missing here: {self.trouble or 'not written'}"
-        note = (b"\n" if self._within_line else b"") + logs.line("WARN", words)
         if self._descriptor < 0:
             self._open()
-        size, within = self._size, self._within_line
-        if self._put(note) == len(note):
-            self._lost = 0
-            self._say("")
-            return True
-        with contextlib.suppress(OSError):  # half a note would be half a line
-            if self._descriptor >= 0:
-                os.ftruncate(self._descriptor, size)
-                self._size, self._within_line = size, within
-        return False
+        if not self._put(logs.line("WARN", words)):
+            return False
+        self._lost = 0
+        self._say("")
+        return True
 
-    def _put(self, data: bytes) -> int:
-        """How many bytes of it are in the file now."""
+    def _put(self, data: bytes) -> bool:
+        """All of it, or nothing but what ends a line."""
         done = 0
         try:
             while done < len(data):
@@ -114,10 +115,20 @@ class LogFile(loggers.Handler):  # type: ignore[misc]
                 done += os.write(self._descriptor, data[done:])
         except OSError as error:
             self._say(error.strerror or str(error))
-        if done:
-            self._size += done
-            self._within_line = data[done - 1 : done] != b"\n"
-        return done
+            self._cut()
+            return False
+        if end := data.rfind(b"\n") + 1:
+            self._whole = self._size + end
+        self._size += len(data)
+        return True
+
+    def _cut(self) -> None:
+        """Half a line would be no JSON, and the note would follow it."""
+        if self._descriptor >= 0:
+            self._lost += self._size - self._whole
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._whole)
+            self._size = self._whole
 
     def _open(self) -> None:
         try:
@@ -127,8 +138,7 @@ class LogFile(loggers.Handler):  # type: ignore[misc]
             return
         self.close()
         self._descriptor = descriptor
-        self._size = os.fstat(descriptor).st_size
-        self._within_line = False
+        self._size = self._whole = os.fstat(descriptor).st_size
 
     def _roll(self) -> None:
         """NAME.1 is the newest of the old ones. What fails leaves the lines in the file that is open."""

@@ -76,21 +76,26 @@ def test_one_id_finds_a_request_in_frontend_agent_and_engine(node: Node, collect
     said = node.sgnode("log-level", "engine", "debug")
     assert said.returncode == 0 and said.stdout == "engine: debug\n", said
     wait_for("the level", lambda: any(line["message"] == "log level: DEBUG" for line in lines(node, "engine")), 5)
-    request_id = str(uuid.uuid4())
-    complete(node, request_id)
+    client = str(uuid.uuid4())
+    complete(node, client)
 
-    def found(process: str) -> list[dict[str, Any]]:
-        return [line for line in lines(node, process) if request_id in json.dumps(line)]
+    def found(process: str, word: str) -> list[dict[str, Any]]:
+        return [line for line in lines(node, process) if word in json.dumps(line)]
 
-    assert wait_for("the frontend's line", lambda: found("frontend"), 5)
-    agent = wait_for("the agent's line", lambda: [line for name in ("agent-0", "agent-1") for line in found(name)], 5)
-    [ours] = [line for line in agent if line["message"].startswith("Submitted SGLang Request ID")]
-    [engine] = wait_for("the engine's line", lambda: found("engine"), 5)
-    assert ours["request_id"] == engine["request_id"] == request_id and ours["rid"] == engine["rid"]
-    assert engine["message"] == f"New SGLang Request ID: {ours['rid']}, Context: {request_id}"
+    def ours() -> list[dict[str, Any]]:
+        agents = [line for name in ("agent-0", "agent-1") for line in found(name, client)]
+        return [line for line in agents if line["message"].startswith("Submitted SGLang Request ID")]
+
+    [agent] = wait_for("the agent's line", ours, 5)
+    assert agent["x_request_id"] == client
+    request_id, rid = agent["request_id"], agent["rid"]
+    assert [line for line in found("frontend", request_id) if line["x_request_id"] == client]
+    [engine] = wait_for("the engine's line", lambda: found("engine", request_id), 5)
+    assert (engine["request_id"], engine["rid"]) == (request_id, rid)
+    assert engine["message"] == f"New SGLang Request ID: {rid}, Context: {request_id}"
     # The spans have the same trace as the agent's line.
     names = {"handle_payload", "sgnode.request"}
-    trace = ours["trace_id"]
+    trace = agent["trace_id"]
 
     def spans() -> dict[str, Any] | None:
         mine = {span.name: span for span in collector.spans if span.trace == trace}
@@ -98,7 +103,7 @@ def test_one_id_finds_a_request_in_frontend_agent_and_engine(node: Node, collect
 
     by_name = wait_for("spans of frontend and agent", spans, 10)
     request = by_name["sgnode.request"]
-    assert request.parent == by_name["handle_payload"].id and request.attributes["gen_ai.request.id"] == ours["rid"]
+    assert request.parent == by_name["handle_payload"].id and request.attributes["gen_ai.request.id"] == rid
     assert request.attributes["gen_ai.usage.completion_tokens"] == 3 and request.events == ["first token"]
     ids = {span.id for span in by_name.values()}
     roots = [span.name for span in by_name.values() if span.parent not in ids]
@@ -158,7 +163,12 @@ def test_a_full_runtime_directory_stops_no_stream_and_the_engine_starts_again(
     back = time.monotonic() - at
     complete(node, str(uuid.uuid4()))
     send(node.pid("agent:1"), signal.SIGKILL)
-    wait_for("agent:1 says why", lambda: "No space" in node.process_row("agent:1")["detail"], 20)
+
+    def says() -> bool:
+        fill(node.runtime_dir)  # what the dead left is removed, which makes room
+        return "No space" in node.process_row("agent:1")["detail"]
+
+    wait_for("agent:1 says why", says, 20, every=0.1)
     complete(node, str(uuid.uuid4()))
     filler.unlink()
     wait_for("agent:1 is back", lambda: node.process_row("agent:1")["state"] == "ready", 30)

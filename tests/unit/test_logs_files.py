@@ -65,9 +65,21 @@ def test_a_full_disk_costs_its_lines_and_says_so_once(disk: Disk, tmp_path: Path
     assert "can't be written" in logfile.troubles()  # the other has said nothing since
     assert logfile.look() == "" and capfd.readouterr().err == "sgnode: the log files can be written again\n"
     lines = path.read_text().splitlines()
-    assert lines[:2] == ["before", "cut "] and lines[3:] == ["after"]
-    assert lines[2].endswith("WARN supervisord: 5005 bytes are missing here: No space left on device")
+    assert (lines[0], lines[2:]) == ("before", ["after"])
+    assert lines[1].endswith("WARN supervisord: 5009 bytes are missing here: No space left on device")
     assert "9000 bytes are missing" in other.read_text()
+
+
+def test_a_line_is_there_or_is_not(disk: Disk, tmp_path: Path) -> None:
+    log = log_file(tmp_path / "log")
+    log.write(b"whole\nbegins")
+    disk.room = 0
+    log.write(b" and ends\nnext ")
+    disk.room = None
+    log.write(b"goes on")
+    log.write(b" and ends, too\nnew\n")
+    first, note, last = (tmp_path / "log").read_text().splitlines()
+    assert (first, last) == ("whole", "new") and f" {len('begins and ends.next goes on and ends, too.')} bytes are" in note
 
 
 def test_half_a_note_is_taken_back(disk: Disk, tmp_path: Path) -> None:
