@@ -310,10 +310,10 @@ def test_memory_and_shared_memory() -> None:
     only(memory.shared((64 << 20, 64 << 20), 2), "error", "0.06 GiB free")
     only(memory.shared((64 << 20, 64 << 20), 1), "warning", "0.06 GiB free")
     only(memory.shared(None, 1), "error", "missing")
-    big = model.Weights(bytes=140 * GIB, largest=5 * GIB)
+    big = model.Weights(bytes=140 * GIB)
     only(memory.against_host(plenty, big, 1, on_cpu=True, hicache=0), "error", "140.0 GiB of weights, 64.0 GiB")
     assert wrong(memory.against_host(plenty, big, 8, on_cpu=False, hicache=0)) == []
-    only(memory.against_host(memory.Facts(16 * GIB), big, 8, on_cpu=False, hicache=0), "warning", "8 schedulers")
+    only(memory.against_host(memory.Facts(16 * GIB), big, 8, on_cpu=False, hicache=0), "warning", "schedulers on this node: 8")
     only(memory.against_host(plenty, big, 8, on_cpu=False, hicache=400 * GIB), "error", "--hicache-size takes 400 GiB")
 
 
@@ -576,6 +576,7 @@ def test_a_gpu_host(gpu_host: gpu.Facts, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(gpu, "facts", fails)
     only(gpu.check(subject()), "error", "version mismatch")
+    assert gpu.smallest_mib(subject()) is None
     assert wrong(gpu.check(subject("--device", "cpu"))) == []
 
 

@@ -48,7 +48,10 @@ class Facts(msgspec.Struct):
 def facts(subject: Subject) -> Facts:
     """Ask the driver, in a child. Raises OSError with its words."""
     environ = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    text = ask([sys.executable, "-m", "procs.cli.doctor.nvml"], NVML_SECONDS, environ)
+    try:
+        text = ask([sys.executable, "-m", "procs.cli.doctor.nvml"], NVML_SECONDS, environ)
+    except TimeoutError as late:
+        raise TimeoutError(f"NVML: no answer within {NVML_SECONDS:g} s") from late
     return msgspec.json.decode(text, type=Facts)
 
 
@@ -263,9 +266,13 @@ def holders(subject: Subject, gpus: Sequence[Gpu]) -> Iterator[Finding]:
 
 
 def smallest_mib(subject: Subject) -> int | None:
-    """Memory of the smallest GPU that the node takes; None without one."""
+    """Memory of the smallest GPU that the node takes; None without one, and when the driver doesn't answer."""
     if subject.on_cpu or subject.config is None:
         return None
-    seen = visible(facts(subject).gpus, subject.environ.get("CUDA_VISIBLE_DEVICES"))
+    try:
+        found = facts(subject)
+    except (OSError, msgspec.MsgspecError):
+        return None  # `check` says so
+    seen = visible(found.gpus, subject.environ.get("CUDA_VISIBLE_DEVICES"))
     sizes_mib = [seen[i].total_mib for i in ordinals(subject) if i < len(seen) and seen[i].total_mib]
     return min(sizes_mib, default=None)

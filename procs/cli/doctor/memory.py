@@ -17,7 +17,7 @@ SHM_LEAST = 64 << 20
 """A container's default: NCCL's buffers between the GPUs of one host do not fit (several MB a pair of GPUs)."""
 SHM_GOOD = GIB
 A_RANK = 4 * GIB
-"""Host memory of one scheduler with CUDA and torch in it, beside its weights."""
+"""Host memory of one scheduler with CUDA and torch in it; its weights are mapped, and go through the page cache."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def against_host(found: Facts, weights: model.Weights, ranks: int, *, on_cpu: bo
             words = f"{weights.bytes / GIB:.1f} GiB of weights, {free / GIB:.1f} GiB of memory for them"
             yield error("memory", words, "a smaller model, or a larger host")
         return
-    needed = ranks * A_RANK + weights.largest + hicache
+    needed = ranks * A_RANK + hicache
     if hicache and needed > free:
         yield error(
             "memory",
@@ -122,7 +122,9 @@ def against_host(found: Facts, weights: model.Weights, ranks: int, *, on_cpu: bo
             "a smaller --hicache-size (it is GB a rank)",
         )
     elif needed > free:
-        words = f"{ranks} schedulers need some {needed / GIB:.0f} GiB of host memory while they load, {free / GIB:.1f} are there"
+        words = (
+            f"schedulers on this node: {ranks}; while they load they need some {needed / GIB:.0f} GiB, {free / GIB:.1f} are there"
+        )
         yield warning("memory", words, "end something, or a larger MemoryMax= or container")
 
 

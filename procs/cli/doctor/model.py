@@ -24,7 +24,6 @@ class Weights:
     """What a directory has of safetensors. ``wrong``: file -> what is wrong with it."""
 
     bytes: int = 0
-    largest: int = 0
     files: int = 0
     wrong: dict[str, str] = field(default_factory=dict)
 
@@ -70,7 +69,6 @@ def weights(directory: Path) -> Weights:
             found.wrong[name] = "missing" if isinstance(failure, FileNotFoundError) else str(failure.strerror)
             continue
         found.bytes += size
-        found.largest = max(found.largest, size)
         if trouble:
             found.wrong[name] = trouble
     return found
