@@ -14,14 +14,15 @@ usage: sgnode COMMAND [flags]
 SGLang on a GPU server as a supervised node of a Dynamo cluster.
 
   serve [MODEL] [flags]   run a node in the foreground; takes every flag of `python -m dynamo.sglang`
-  status [--json]         its state, and each process's with what it waits for (exit 0 ready, 3 not running, 4 otherwise)
+  status [--json|--watch] its state, and each process's with what it waits for (exit 0 ready, 3 not running, 4 otherwise)
   drain | resume          leave discovery and let streams finish, engine up; serve again
   stop [--now]            drain it and stop it; returns when it is gone
   restart [PROCESS]       restart a process, or all behind a drain, without losing a stream
   sleep | wake            drain it and release its accelerator memory; take it again and serve
+  log-level [PROCESS] [L] how much a process logs from now on, or all of them
   show-config             the configuration that it runs with
-  ctl ...                 supervisorctl on it: `sgnode ctl status`, `sgnode ctl restart agent`, `sgnode ctl tail -f engine`
   doctor [serve's flags]  what would go wrong with a start, or is wrong with a running node, and what to do
+  ctl ...                 supervisorctl on it: `sgnode ctl status`, `sgnode ctl restart agent`, `sgnode ctl tail -f engine`
   group-key FILE          make the key of a group of nodes
   install-unit            write sgnode@.service for systemd, with this installation's paths
   demo-model DIR          make a tiny model with random weights, to try a node without a download
@@ -80,17 +81,21 @@ def _command(name: str, argv: list[str]) -> int:
             from procs.cli import sleep
 
             return sleep.sleep(argv) if name == "sleep" else sleep.wake(argv)
+        case "log-level":
+            from procs.cli import log_level
+
+            return log_level.main(argv)
         case "show-config":
             return status.show_config(argv)
+        case "doctor":
+            from procs.cli.doctor import command as doctor
+
+            return doctor.main(argv)
         case "ctl":
             return status.ctl(argv)
         case "group-key":
             from procs.cli import group_key
 
-        case "doctor":
-            from procs.cli.doctor import command as doctor
-
-            return doctor.main(argv)
             return group_key.main(argv)
         case "install-unit":
             from procs.cli import install_unit

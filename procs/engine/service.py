@@ -114,6 +114,7 @@ class Service:
             "loop_lag": max(0.0, time.monotonic() - self._turned - WATCH_SECONDS),
             "dropped_frames": self._decoder.dropped,
             "peers": len(self._peers),
+            "load_seconds": self._backend.facts.load_seconds,
         }
 
     def close(self) -> None:
