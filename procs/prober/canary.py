@@ -103,13 +103,14 @@ class Canary:
         engine = self.engine
         if engine is not None and engine.incarnation == welcome.incarnation and (words := blocked(engine, self._limits)):
             self._doubt(words)
+        mute = self._out.words(now)
         if words := self._out.lost(now):
             if self._out.strike():
                 logging.warning("%s (1 of %d)", words, STRIKES)
             else:
                 self._doubt(words)
         for rank in self._ranks:
-            self._look_at(rank, welcome, now)
+            self._look_at(rank, welcome, now, mute)
         self._conclude(welcome)
 
     def _begin(self, welcome: Welcome | None, now: float) -> None:
@@ -125,7 +126,7 @@ class Canary:
         for rank in self._ranks:
             rank.doubt(words)
 
-    def _look_at(self, rank: Rank, welcome: Welcome, now: float) -> None:
+    def _look_at(self, rank: Rank, welcome: Welcome, now: float, mute: str) -> None:
         probe = self._probes.get(rank.number)
         if probe is None:
             if rank.due(now, canaries=self._config.canaries):
@@ -135,7 +136,7 @@ class Canary:
         if probe.answer.done():
             problem, again = probe.answer.result(), False
         elif problem := rank.late(probe.sent, now):
-            problem = self._out.words(now) or problem  # it was made, and is on its way out for ever
+            problem = mute or problem  # it was answered, and is on its way out for ever
         else:
             return
         probe.end()
