@@ -148,7 +148,7 @@ def _waiting() -> list[Panel]:
         ),
         lines(
             "Seconds in the present step",
-            "Of each DP rank: a long prefill, or a scheduler that stands still. And since when the engine's event loop has not turned.",
+            "Of each DP rank: a long prefill, or a scheduler that stands still. Event loop: since when it has not turned.",
             (f"sgnode_scheduler_step_seconds{{{NODE}}}", "{{instance}} {{dp_rank}}"),
             (f"sgnode_loop_lag{{{NODE}}}", "{{instance}} event loop"),
             unit="s",
