@@ -24,6 +24,7 @@ LOCAL_TIME_VARIABLE = "DYN_LOG_USE_LOCAL_TZ"
 NODE_VARIABLE = "SGNODE_NODE"
 """The node's name, in the environment of all its programs."""
 SGLANG_VARIABLE = "SGLANG_LOGGING_CONFIG_PATH"
+SKIP_VARIABLE = "DYN_SKIP_SGLANG_LOG_FORMATTING"
 FORMAT = "%(asctime)s %(levelname)s {process}: %(message)s"
 LEVELS = {"WARNING": "WARN"}
 """Names of levels in JSON, where Dynamo's differ from Python's."""
@@ -31,6 +32,8 @@ IDS = ("request_id", "x_request_id", "rid", "trace_id")
 """What a log call may pass in ``extra``: a request's id of the frontend, of its client, of the engine, of the trace."""
 LINE_BYTES = 47 * 1024
 """A JSON line is never longer, so that journald (LineMax= 48K) and the like leave it whole; what is left out is said."""
+_GIVEN = os.environ.get(SGLANG_VARIABLE)
+"""Before anybody in this process has imported Dynamo: every entry point imports this module first."""
 facts: dict[str, Any] = {}
 """Fields of every JSON line: ``process``, ``node``; ``incarnation`` once it is known."""
 
@@ -83,10 +86,11 @@ def ask(wanted: str | None) -> None:
         os.environ[JSONL_VARIABLE] = "true" if wanted == JSONL else "false"
 
 
-def take_back(configured: str | None) -> None:
-    """After somebody else has configured this process's logging. ``configured``: SGLANG_LOGGING_CONFIG_PATH before."""
-    if configured is not None:
-        os.environ[SGLANG_VARIABLE] = configured
+def take_back() -> None:
+    """After dynamo.sglang, which configures logging when it is imported: this process's, and SGLang's other ones."""
+    if (given := _GIVEN) is not None:
+        os.environ[SGLANG_VARIABLE] = given
+        os.environ[SKIP_VARIABLE] = "1"  # or Dynamo, imported in those as well, would set it again
     setup(facts["process"])
 
 
@@ -102,7 +106,7 @@ def sglang_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
     Empty where the user has a configuration of their own, or asks for SGLang's as of dynamo.sglang.
     """
-    if SGLANG_VARIABLE in environ or _truthy(environ.get("DYN_SKIP_SGLANG_LOG_FORMATTING", "")):
+    if SGLANG_VARIABLE in environ or _truthy(environ.get(SKIP_VARIABLE, "")):
         return {}
     return {SGLANG_VARIABLE: str(files("shared") / "sglang_logging.json")}
 

@@ -55,6 +55,11 @@ def lines(node: Node, process: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole]
 
 
+def answers(node: Node) -> bool:
+    body = {"model": MODEL, "prompt": "one fox", "max_tokens": 1}
+    return requests.post(f"{node.url}/v1/completions", json=body, timeout=30).status_code == 200
+
+
 def complete(node: Node, request_id: str) -> None:
     body = {"model": MODEL, "prompt": "one fox", "max_tokens": 3, "ignore_eos": True}
     answer = requests.post(f"{node.url}/v1/completions", json=body, headers={"x-request-id": request_id}, timeout=30)
@@ -122,8 +127,9 @@ def test_a_full_log_disk_stops_nothing_and_is_said(node: Node, streams: Streams,
 
     wait_for("the status says so", lambda: f"log files can't be written: No space left on device: {log}" in trouble(), 10)
     assert "make room there" in node.sgnode("status").stdout
-    send(node.pid("agent:1"), signal.SIGKILL)
-    wait_for("agent:1 is back", lambda: node.process_row("agent:1")["state"] == "ready", 30)
+    send(dead := node.pid("agent:1"), signal.SIGKILL)
+    wait_for("agent:1 is back", lambda: node.pid("agent:1") != dead and node.process_row("agent:1")["state"] == "ready", 30)
+    wait_for("the frontend has both again", lambda: all(answers(node) for _ in range(4)), 20)
     more = streams.start(node.url, MODEL, 4, 100)
     streams.flowing(more)
     drained = node.sgnode("drain")

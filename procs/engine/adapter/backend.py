@@ -37,7 +37,6 @@ class SglangBackend:
         """Build the engine; blocks for the whole load. Must run in the main thread, outside a running loop:
         elsewhere SGLang skips its signal handlers.
         """
-        configured = os.environ.get(logs.SGLANG_VARIABLE)
         import sglang as sgl
         from dynamo.sglang.args import parse_args
 
@@ -53,7 +52,7 @@ class SglangBackend:
         asyncio.set_event_loop(asyncio.new_event_loop())
         if (level := self._parsed.server_args.log_level) != "info":  # --log-level: of the engine and all its processes
             os.environ[log_levels.OURS] = level
-        logs.take_back(configured)  # dynamo.sglang has its own configuration, from its import on
+        logs.take_back()  # dynamo.sglang has its own configuration, from its import on
         watch_schedulers()
         self._schedulers = Schedulers()
         shm.mark()
