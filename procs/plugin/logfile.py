@@ -67,6 +67,10 @@ class LogFile(loggers.Handler):  # type: ignore[misc]
                 os.close(self._descriptor)
             self._descriptor = -1
 
+    def __del__(self) -> None:
+        # supervisor 4.3 makes a new handler at each start of a process and just drops the last one.
+        self.close()
+
     def reopen(self) -> None:
         self.close()
         self._open()

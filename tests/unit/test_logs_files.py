@@ -186,3 +186,11 @@ def test_a_traceback_has_the_priority_of_its_line() -> None:
         "relay", 7, b'2026 ERROR relay: no\nTraceback (most recent call last):\n  File "x"\n2026 INFO relay: on\n  more\n'
     )
     assert journal.priorities() == ["3", "3", "3", "6", "6"]
+
+
+def test_a_handler_that_supervisor_drops_holds_no_descriptor(tmp_path: Path) -> None:
+    """supervisor makes one at each start of a process and closes none: its own goes with its file object."""
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        LogFile(str(tmp_path / "engine.log"))
+    assert len(os.listdir("/proc/self/fd")) == before
