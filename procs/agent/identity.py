@@ -293,9 +293,10 @@ class Identity:
         dynamo = self._config.dynamo
         config = ModelRuntimeConfig()
         config.context_length = facts.context_length
-        config.total_kv_blocks = facts.total_kv_blocks
-        config.max_num_seqs = facts.max_running_requests
-        config.max_num_batched_tokens = facts.max_num_batched_tokens
+        sizes = (facts.total_kv_blocks, facts.max_running_requests, facts.max_num_batched_tokens)
+        for name, size in zip(("total_kv_blocks", "max_num_seqs", "max_num_batched_tokens"), sizes, strict=True):
+            if size is not None:  # SGLang 0.5.16 does not say how many requests it runs
+                setattr(config, name, size)
         config.data_parallel_start_rank = facts.dp_start
         config.data_parallel_size = facts.dp_size
         config.kv_state_endpoint = dynamo.kv_state_endpoint

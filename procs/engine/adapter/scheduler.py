@@ -102,7 +102,8 @@ class Watch:
         missing = [] if hasattr(scheduler, "forward_ct") else ["forward_ct"]
         if not self._outputs.of(_sender(scheduler), "send_output", _carries):
             missing.append("send_to_detokenizer")
-        if not (self._loops.of(scheduler, "ingest_requests") or self._loops.of(scheduler, "recv_requests")):
+        receiver = getattr(scheduler, "request_receiver", None)  # 0.5.16
+        if not (self._loops.of(scheduler, "ingest_requests") or self._loops.of(receiver, "recv_requests")):
             missing.append("ingest_requests")
         if missing:
             logging.warning("this SGLang's scheduler has no %s: it is not counted", ", ".join(missing))
