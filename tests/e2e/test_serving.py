@@ -163,7 +163,7 @@ def test_a_request_whose_prompt_is_computed_is_ended_as_soon(node: Node) -> None
 
 def test_a_request_that_waits_behind_others_is_ended_as_soon(node: Node) -> None:
     running = Streams()
-    running.start(node.url, MODEL, 64, 900)
+    running.start(node.url, MODEL, 64, 400)
     wait_for("as many as the engine runs", lambda: node.status()["inflight"] >= 64, 30)
     delays = aborts.delays(node, 5, lambda: close_unanswered(node, [20, 30, 40]))
     aborts.prompt("aborts in the queue", delays)
