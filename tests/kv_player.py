@@ -31,10 +31,11 @@ CLEARED = {"type": "AllBlocksCleared"}
 class Player:
     """A PUB, and a replay ROUTER in a thread. ``events`` and ``replay`` are its addresses.
 
-    ``cut``: answers to a replay end after so many frames, without a word.
+    ``cut``: answers to a replay end after so many frames, without a word. ``topics``: an answer's frames have the topic in front,
+    as with SGLang 0.5.23; not with 0.5.16.
     """
 
-    def __init__(self, *, address: str = "tcp://127.0.0.1:*", buffer: int = 10_000) -> None:
+    def __init__(self, *, address: str = "tcp://127.0.0.1:*", buffer: int = 10_000, topics: bool = True) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._pub = self._context.socket(zmq.PUB)
         self._pub.setsockopt(zmq.SNDHWM, 100_000)
@@ -46,6 +47,7 @@ class Player:
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer)
         self._number = 0
         self.cut: int | None = None
+        self.topics = topics
         self.asked: list[int] = []
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._answer, daemon=True)
@@ -76,9 +78,10 @@ class Player:
             self.asked.append(start := int.from_bytes(number, "big"))
             wanted = [(each, payload) for each, payload in list(self._buffer) if each >= start]
             for each, payload in wanted[: self.cut]:
-                self._router.send_multipart([client, empty, b"kv-events", each.to_bytes(8, "big"), payload])
+                topic = [b"kv-events"] if self.topics else []
+                self._router.send_multipart([client, empty, *topic, each.to_bytes(8, "big"), payload])
             if self.cut is None or len(wanted) <= self.cut:
-                self._router.send_multipart([client, empty, b"", END, b""])
+                self._router.send_multipart([client, empty, *([b""] if self.topics else []), END, b""])
 
     def close(self) -> None:
         self._closed.set()

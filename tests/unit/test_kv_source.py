@@ -70,7 +70,8 @@ def run(test: Callable[[Player, Callable[..., Listener]], Awaitable[None]], **mo
     asyncio.run(main())
 
 
-def test_a_late_listener_gets_everything_from_the_first_frame_on() -> None:
+@pytest.mark.parametrize("topics", [True, False])
+def test_a_late_listener_gets_everything_from_the_first_frame_on(topics: bool) -> None:
     async def test(player: Player, listen: Callable[..., Listener]) -> None:
         for number in range(2000):
             player.say(number)
@@ -79,9 +80,9 @@ def test_a_late_listener_gets_everything_from_the_first_frame_on() -> None:
         player.say(2000)  # may be lost on a young subscription: it is asked for again by itself
         await listener.until(lambda: len(listener.heard) == 2001)
         assert listener.heard == list(range(2001))
-        assert (listener.source.lost, listener.losses) == (0, 0)
+        assert (listener.source.lost, listener.losses, listener.source.malformed) == (0, 0, 0)
 
-    run(test)
+    run(test, topics=topics)
 
 
 def test_a_hole_is_filled_and_what_comes_meanwhile_waits() -> None:

@@ -135,15 +135,16 @@ class Source:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._over, False)
 
     def _answered(self, parts: list[bytes]) -> None:
-        if len(parts) != 4 or len(parts[2]) != 8:
+        # After the empty part: topic, number, payload; number and payload alone up to SGLang 0.5.16.
+        if len(parts) not in (3, 4) or len(parts[-2]) != 8:
             self.malformed += 1
-        elif parts[2] == END:
+        elif parts[-2] == END:
             self._over(True)
         else:
             self._wait(SILENCE_SECONDS)
-            number = int.from_bytes(parts[2], "big")
+            number = int.from_bytes(parts[-2], "big")
             self.replayed += number >= self._next and number not in self._ahead
-            self._offer(number, parts[3])
+            self._offer(number, parts[-1])
 
     def _over(self, whole: bool) -> None:
         """The answer has ended, or stopped coming: ask for what is missing while that brings anything."""
