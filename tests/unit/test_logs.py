@@ -231,7 +231,7 @@ def test_no_room_for_a_level_says_what_to_do(node: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shared.files.os.open", full)
-    with pytest.raises(NodeError, match="No space left on device: .*log-levels.json can't be written; make room there"):
+    with pytest.raises(NodeError, match=r"No space left on device: .*log-levels.json can't be written; make room there"):
         log_level.main(["debug", "--runtime-dir", str(node)])
 
 
