@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import time
+import urllib.request
 from typing import Any
 
 from shared import config as configuration
@@ -18,6 +19,10 @@ from shared.state import State
 POLL_SECONDS = 0.25
 STILL_SECONDS = 10.0
 """A state that lasts is said again so often, with what it waits for."""
+FRONTEND_SECONDS = 60.0
+"""For the frontend to have the model; then it is said all the same how it would be used."""
+PAIRED = ("prefill", "decode")
+"""Roles that answer nobody alone: a frontend does not list their model."""
 
 TRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "aggregated": (
@@ -40,7 +45,7 @@ def usage(config: NodeConfig) -> str:
         return f"serving {config.served_model_name} to the cluster; health and metrics: {system}/health {system}/metrics"
     url = _url(config.http_host, config.http_port)
     ready = f"ready: {url}/v1   (health: {system}/health, metrics: {system}/metrics)"
-    if config.role in ("prefill", "decode"):
+    if config.role in PAIRED:
         return f"{ready}\nit answers together with a {'decode' if config.role == 'prefill' else 'prefill'} worker"
     path, more = TRIES.get(config.role, TRIES["aggregated"])
     body = shlex.quote(json.dumps({"model": config.served_model_name, **more}))
@@ -60,6 +65,17 @@ def document(config: NodeConfig) -> dict[str, Any]:
     except (OSError, http.client.HTTPException, ValueError):
         return {}
     return found
+
+
+def answers(config: NodeConfig) -> bool:
+    """The node's own frontend has the model: it reads the tokenizer after the registration, for seconds if it is a large one."""
+    if not config.frontend or not config.leads or config.role in PAIRED:
+        return True
+    try:
+        with urllib.request.urlopen(f"{_url(config.http_host, config.http_port)}/v1/models", timeout=2.0) as answer:
+            return bool(json.load(answer)["data"])
+    except (OSError, http.client.HTTPException, ValueError, KeyError):
+        return False
 
 
 def details(status: dict[str, Any]) -> str:
@@ -94,9 +110,9 @@ def main() -> int:
         if state and (state != shown or (state != State.READY and now - said_at > STILL_SECONDS)):
             print(f"[{now - began:6.1f} s] {state}: {details(status)}".rstrip(": "), flush=True)
             shown, said_at = state, now
-            if state == State.READY and not greeted:
-                greeted = True
-                print(usage(config), flush=True)
+        if state == State.READY and not greeted and (answers(config) or now - said_at > FRONTEND_SECONDS):
+            greeted = True
+            print(usage(config), flush=True)
         time.sleep(POLL_SECONDS)
     return 0
 
