@@ -25,7 +25,8 @@ class Terminal:
         self.resize(columns, lines)
         wanted = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", *command],  # util-linux: Ctrl-C becomes a signal only on a controlling terminal
+            # Ctrl-C is a signal only on a controlling terminal; a shell's background would hand on to ignore it.
+            ["env", "--default-signal=INT", "setsid", "--ctty", *command],
             env={**wanted, "TERM": "xterm-256color", "LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8"},
             stdin=slave,
             stdout=slave,
