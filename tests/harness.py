@@ -107,7 +107,9 @@ class Node:
         self.runtime_dir = self.root / "run"
         self.name = name
         self.arguments = list(arguments)
-        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(self.root), **(env or {})}
+        # Importing dynamo.sglang, as some tests do, sets how SGLang's processes log.
+        outside = {name: value for name, value in os.environ.items() if name != "SGLANG_LOGGING_CONFIG_PATH"}
+        self.environment = {**outside, "HF_HUB_OFFLINE": "1", "HOME": str(self.root), **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self.console = self.root / "console"
         self.address = "127.0.0.1"

@@ -140,9 +140,11 @@ def guided(options: dict[str, Any] | None) -> dict[str, Any]:
 
         try:
             reject_nonprogressing_guided_json_ref_cycles(options["json"])
+            return {"json_schema": json.dumps(options["json"])}
         except HttpError as error:
             raise RequestError(Code.INVALID, str(error)) from None
-        return {"json_schema": json.dumps(options["json"])}
+        except (TypeError, ValueError, RecursionError) as error:  # msgpack has what JSON has not
+            raise RequestError(Code.INVALID, f"guided_decoding.json: not JSON: {error}") from None
     if options.get("regex") is not None:
         return {"regex": options["regex"]}
     choices = options.get("choice")

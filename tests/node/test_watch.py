@@ -72,7 +72,8 @@ def test_q_ends_it_with_the_code_of_status_and_a_pipe_gets_plain_text(make_node:
         assert seen.line("q leaves")
         seen.press("q")
         assert seen.process.wait(5) == 0
-    piped = subprocess.Popen(command, env=node.environment, stdout=subprocess.PIPE, text=True)
+    # A shell's background would hand on to ignore SIGINT.
+    piped = subprocess.Popen(["env", "--default-signal=INT", *command], env=node.environment, stdout=subprocess.PIPE, text=True)
     assert piped.stdout is not None
     heads = 0
     while heads < 2:

@@ -85,6 +85,13 @@ def test_guided_decoding(guided: dict[str, Any], expected: dict[str, Any]) -> No
     assert params == {**expected, "max_new_tokens": None}
 
 
+@pytest.mark.parametrize("schema", [b"x", {"a": b"x"}, {1, 2}])
+def test_a_schema_that_is_not_json_is_refused(schema: Any) -> None:
+    with pytest.raises(RequestError, match=r"guided_decoding\.json") as caught:
+        payload(sampling_options={"guided_decoding": {"json": schema}})
+    assert caught.value.code == Code.INVALID
+
+
 @pytest.mark.parametrize("guided", [{"regex": 5}, {"grammar": ["x"]}, {"json": {"$ref": "#"}}])
 def test_a_constraint_that_the_scheduler_would_stumble_over_is_refused(guided: dict[str, Any]) -> None:
     assert refusal(asked(sampling_options={"guided_decoding": guided}))

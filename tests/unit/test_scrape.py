@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_without_enable_metrics_the_nodes_own_remain(tmp_path: Path, writers: li
     board = Board()
     board.hear(beat("engine"))
     text, _ = scrape_once(Scraper(configure(tmp_path), board))
-    assert "sglang:" not in text and 'sgnode_process_state{process="engine",state="ready"} 1.0' in text
+    assert not re.search("^sglang:", text, re.M) and 'sgnode_process_state{process="engine",state="ready"} 1.0' in text
 
 
 def test_a_follower_shows_the_leaders_worker(tmp_path: Path, writers: list[subprocess.Popen[str]]) -> None:
