@@ -129,6 +129,7 @@ class Streams:
         self._run(end()).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
 
     def __enter__(self) -> "Streams":
         return self

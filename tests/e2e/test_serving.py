@@ -162,13 +162,13 @@ def test_a_request_whose_prompt_is_computed_is_ended_as_soon(node: Node) -> None
 
 
 def test_a_request_that_waits_behind_others_is_ended_as_soon(node: Node) -> None:
-    running = Streams()
-    running.start(node.url, MODEL, 64, 400)
-    wait_for("as many as the engine runs", lambda: node.status()["inflight"] >= 64, 30)
-    delays = aborts.delays(node, 5, lambda: close_unanswered(node, [20, 30, 40]))
-    aborts.prompt("aborts in the queue", delays)
-    assert node.status()["inflight"] >= 60, "the others still run"
-    assert all(result.complete for result in running.join())
+    with Streams() as running:
+        running.start(node.url, MODEL, 64, 400)
+        wait_for("as many as the engine runs", lambda: node.status()["inflight"] >= 64, 30)
+        delays = aborts.delays(node, 5, lambda: close_unanswered(node, [20, 30, 40]))
+        aborts.prompt("aborts in the queue", delays)
+        assert node.status()["inflight"] >= 60, "the others still run"
+        assert all(result.complete for result in running.join())
 
 
 def test_ids_that_are_prefixes_of_one_another_do_not_hurt_each_other(node: Node) -> None:
