@@ -22,6 +22,8 @@ LINE_SLACK = 1024 * 1024
 LEVELS = {"CRIT": "CRITICAL", "ERRO": "ERROR", "DEBG": "DEBUG", "TRAC": "TRACE", "BLAT": "TRACE"}
 """supervisor's short names."""
 ADVICE = "; make room there. Streams go on, and so do the logs then"
+ROOM_BYTES = 64 << 10
+"""Free on the file system before a file that found no room is written to again."""
 
 
 class LogFile(loggers.Handler):  # type: ignore[misc]
@@ -100,6 +102,8 @@ class LogFile(loggers.Handler):  # type: ignore[misc]
         """Say in the file what is missing. False while there is no room for that."""
         if not self._lost:
             return True
+        if self.trouble and not self._room():
+            return False
         words = f"{self._lost} bytes are missing here: {self.trouble or 'not written'}"
         if self._descriptor < 0:
             self._open()
@@ -108,6 +112,14 @@ class LogFile(loggers.Handler):  # type: ignore[misc]
         self._lost = 0
         self._say("")
         return True
+
+    def _room(self) -> bool:
+        """More than the page that a cut line gave back: a full disk would else be said to have room, and again not to."""
+        try:
+            found = os.statvfs(Path(self.baseFilename).parent)
+        except OSError:
+            return True  # the write says what is wrong
+        return found.f_bavail * found.f_frsize >= ROOM_BYTES
 
     def _put(self, data: bytes) -> bool:
         """All of it, or nothing but what ends a line."""
