@@ -93,12 +93,17 @@ def check(url: str, seconds: int, interval: str = "1m", dashboard: Path = DASHBO
         return list(pool.map(lambda query: ask(url, query, seconds, interval), asked))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m monitoring.check", description="Ask it every query of the dashboard.")
+def parser_of(program: str, description: str) -> argparse.ArgumentParser:
+    """Which Prometheus, and over how long; what more a program takes is its own."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument("url", help="of Prometheus, as http://prometheus:9090")
     parser.add_argument("--minutes", type=int, default=60, help="how far back (default: 60)")
     parser.add_argument("--rate-interval", default="1m", help="four scrape intervals or more (default: 1m)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = parser_of("monitoring.check", "Ask it every query of the dashboard.").parse_args()
     try:
         answers = check(args.url.rstrip("/"), args.minutes * 60, args.rate_interval)
     except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.collector import Collector
 from tests.harness import SGNODE
 from tests.streams import Streams
 
@@ -22,6 +23,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "demo-llama"
     subprocess.run([SGNODE, "demo-model", str(path)], check=True, capture_output=True, timeout=120)
     return path
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with Collector() as made:
+        yield made
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 Drawn by Grafana's own components (@grafana/ui from npm), without a Grafana. Needs node, npm and chromium (CHROMIUM: another).
 """
 
-import argparse
 import json
 import os
 import re
@@ -72,11 +71,8 @@ def draw(work: Path, picture: dict[str, Any], output: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m monitoring.picture", description="The dashboard as a PNG.")
-    parser.add_argument("url", help="of Prometheus, as http://prometheus:9090")
+    parser = check.parser_of("monitoring.picture", "The dashboard as a PNG.")
     parser.add_argument("output", type=Path, help="the PNG")
-    parser.add_argument("--minutes", type=int, default=60, help="how far back (default: 60)")
-    parser.add_argument("--rate-interval", default="1m", help="four scrape intervals or more (default: 1m)")
     parser.add_argument("--work", type=Path, help="keeps the npm packages for the next time (600 MB)")
     args = parser.parse_args()
     try:

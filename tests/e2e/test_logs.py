@@ -15,12 +15,6 @@ from tests.harness import CPU, ONE_THREAD, Node, wait_for
 
 
 @pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    with Collector() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def node(model: Path, collector: Collector) -> Iterator[Node]:
     flags = ["--enable-trace", "--otlp-traces-endpoint", f"127.0.0.1:{collector.port}", "--log-format", "jsonl"]
     quick = {"OTEL_BSP_SCHEDULE_DELAY": "100", **ONE_THREAD}

@@ -24,12 +24,6 @@ RUNTIME_BYTES, LOG_BYTES = "4m", "1m"
 
 
 @pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    with Collector() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def node(model: Path, collector: Collector) -> Iterator[Node]:
     """Two agents, JSON lines, spans; its runtime directory is one small tmpfs, its log directory another one in it."""
     flags = ("--agents", "2", "--log-format", "jsonl", "--drain-grace", "0.2")
