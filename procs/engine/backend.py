@@ -1,6 +1,6 @@
 """The seam between the engine process and what generates tokens. A faster source replaces a backend, not the process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from shared.errors import Code
@@ -19,6 +19,9 @@ class Sink(Protocol):
         text: str | None = None,
     ) -> None:
         """New tokens of a request; the list is the sink's from now on. ``finish`` ends the request."""
+
+    def step(self, rows: Iterable[tuple[str, list[int]]]) -> None:
+        """New tokens of many requests in one call: the same as ``output(rid, token_ids, None, None)`` for each row."""
 
     def failed(self, rid: str, code: Code, message: str) -> None:
         """The request ended without an output."""

@@ -8,6 +8,7 @@ nothing for ``STALL_SECONDS`` is cut off alone.
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -233,6 +234,27 @@ class Service:
             # The rest of this engine step is delivered in this turn of the loop: send them together after it.
             peer.flushing = True
             self._loop.call_soon(self._flush, peer)
+
+    def step(self, rows: Iterable[tuple[str, list[int]]]) -> None:
+        streams = self._streams
+        outputs = tokens = 0
+        for rid, token_ids in rows:
+            outputs += 1 if token_ids else 0
+            stream = streams.get(rid)
+            if stream is None:
+                continue
+            peer = stream.peer
+            output = Output(rid, stream.sent, token_ids)
+            count = len(token_ids)
+            stream.sent += count
+            tokens += count
+            older = peer.waiting.get(rid)
+            peer.waiting[rid] = output if older is None else merge(older, output)
+            if not peer.flushing:
+                peer.flushing = True
+                self._loop.call_soon(self._flush, peer)
+        self._outputs += outputs
+        self._tokens += tokens
 
     def failed(self, rid: str, code: Code, message: str) -> None:
         stream = self._streams.pop(rid, None)

@@ -164,6 +164,33 @@ def test_a_step_of_several_requests_is_one_frame(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_a_step_in_one_call_is_the_same_as_an_output_for_each_row(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        peers = [bench.peer(), bench.peer()]
+        for index, peer in enumerate(peers):
+            await peer.hello(f"agent:{index}")
+        rids = [await bench.submit(peer) for peer in peers for _ in range(2)]
+        await bench.until(lambda: len(bench.backend.submitted) == 4)
+
+        def each(rows: list[tuple[str, list[int]]]) -> None:
+            for rid, token_ids in rows:
+                bench.service.output(rid, token_ids, None, None)
+
+        seen = []
+        for put in (each, bench.service.step):
+            put([(rids[0], [1]), (rids[2], [2, 3]), ("0" * 32, [4]), (rids[1], []), (rids[0], [5])])
+            put([(rids[3], [6])])
+            steps = [await peer.receive() for peer in peers]
+            first = steps[0].outputs[0].offset
+            seen.append([[(o.rid, o.offset - (first if o.rid == rids[0] else 0), o.token_ids) for o in s.outputs] for s in steps])
+        assert seen[0][0] == [(rids[0], 0, [1, 5]), (rids[1], 0, [])]
+        assert [o.offset for step in steps for o in step.outputs] == [2, 0, 2, 1]
+        assert [[row[2] for row in step] for step in seen[1]] == [[row[2] for row in step] for step in seen[0]]
+        assert (bench.service.numbers()["tokens"], bench.service.numbers()["outputs"]) == (2 * 5, 2 * 5)
+
+    run(tmp_path, test)
+
+
 def test_a_peer_without_credit_gets_merged_chunks_and_loses_nothing(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         slow, quick = bench.peer(), bench.peer()
