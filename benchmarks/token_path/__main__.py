@@ -1,0 +1,142 @@
+"""The run: every side in turns, its outputs looked at, its loads, its end. Exit code 1 when it may not be compared."""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.token_path import model, options, outputs, table
+from benchmarks.token_path.clients import LoadError
+from benchmarks.token_path.load import Load
+from benchmarks.token_path.measure import measure
+from benchmarks.token_path.record import Record, label
+from benchmarks.token_path.side import Failed, Place, Setup, Side, Wanted, make
+
+WARM_OUTPUT = 16
+BUSY = 0.8
+"""Share of a core above which a client process may be what is measured."""
+SEEDS = 100_000
+"""Prompts that one load may use up."""
+
+
+def main() -> int:
+    found = options.parse()
+    # Told to end, it ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with tempfile.TemporaryDirectory(prefix="token-path-") as scratch:
+        directory = prepare_model(found, Path(scratch))
+        asked = {key: value for key, value in vars(found).items() if key not in ("sides", "model", "record", "logs")}
+        record = Record(found.record, {**asked, "sides": [str(wanted) for wanted in found.sides]})
+        run = Run(found, directory, record, found.logs or Path(scratch) / "logs")
+        for turn in range(found.rounds):
+            for wanted in found.sides:
+                run.one(wanted, turn)
+    return finish(record)
+
+
+def prepare_model(found: argparse.Namespace, scratch: Path) -> Path:
+    """The directory of the model, which is made when it has to be."""
+    if found.model is None:
+        directory = scratch / "demo"
+        subprocess.run([sys.executable, "-m", "procs.cli", "demo-model", directory], check=True, stdout=subprocess.DEVNULL)
+        return directory
+    directory = Path(found.model).absolute()
+    if found.shape:
+        model.make(directory, found.shape)
+    return directory
+
+
+class Run:
+    """What all starts of a run share."""
+
+    def __init__(self, found: argparse.Namespace, directory: Path, record: Record, logs: Path) -> None:
+        self._found, self._record, self._logs = found, record, logs
+        self._vocab = int(json.loads((directory / "config.json").read_text())["vocab_size"])
+        self._setup = Setup(directory, found.flags, found.agents[0], found.clients, found.step_ms / 1e3)
+
+    def one(self, wanted: Wanted, turn: int) -> None:
+        """Start a side, send it all loads, end it. What goes wrong is kept in the record, and the run goes on."""
+        logs = self._logs / f"{turn}-{str(wanted).replace('/', '-')}"
+        try:
+            with Place(logs) as place, closing(make(wanted, self._setup, place)) as side:
+                began = time.monotonic()
+                side.start()
+                seconds = round(time.monotonic() - began, 2)
+                self._record.add("starts", {"side": str(wanted), "round": turn, "seconds": seconds})
+                say(f"round {turn + 1}: {wanted} up after {seconds} s")
+                self._check(wanted, side)
+                self._loads(wanted, side, place.mark, turn)
+        except (Failed, LoadError, OSError) as error:
+            self._record.add("failures", {"side": str(wanted), "round": turn, "error": str(error)})
+            say(f"{wanted}: {error} (its logs: {logs if self._found.logs else 'not kept, pass --logs DIR'})")
+
+    def _check(self, wanted: Wanted, side: Side) -> None:
+        if wanted.kind == "synthetic":
+            return
+        document = self._record.document
+        document["texts"][str(wanted)] = side.outputs(outputs.prompts(self._vocab), outputs.OUTPUT)
+        document["refused"] = document["refused"] or outputs.difference(document["texts"])
+        self._record.save()
+
+    def _loads(self, wanted: Wanted, side: Side, mark: str, turn: int) -> None:
+        loads = list(self._asked())
+        seeds = iter(range(SEEDS, 10**9, SEEDS))
+        # Compiles what has to be compiled, and opens every connection.
+        widest = max(loads, key=lambda load: load.streams)
+        side.run(replace(widest, requests=1, output=WARM_OUTPUT, rate=0.0, seed=next(seeds)), lambda: None)
+        for agents in self._found.agents if wanted.kind in ("sgnode", "synthetic") else [0]:
+            side.scale(agents)
+            for repeat in range(self._found.repeats):
+                for load in loads:
+                    about = {"side": str(wanted), "agents": agents, "round": turn, "repeat": repeat}
+                    entry = {**about, **measure(side, mark, replace(load, seed=next(seeds)))}
+                    self._record.add("loads", entry)
+                    say(line(entry))
+
+    def _asked(self) -> Iterator[Load]:
+        found = self._found
+        for streams in found.streams:
+            shape = (found.input, found.output_tokens, self._vocab)
+            yield Load(streams, found.requests, *shape, seed=0, at_most=found.at_most)
+        for rate in found.open_rate:
+            yield Load(max(found.streams), 1, *shape, seed=0, at_most=found.open_seconds, rate=rate)
+
+
+def line(entry: dict[str, Any]) -> str:
+    """A load on one line, while the run goes on."""
+    text = f"{label(entry)}, {entry['load']}: {table.number(entry['tokens_per_s'])} tok/s"
+    if entry["itl_p50"] is not None:
+        text += f", TTFT p50 {table.number(entry['ttft_p50'])} ms, ITL p50 {table.number(entry['itl_p50'])} ms"
+    if entry["clients_busiest"] > BUSY and entry["side"].partition("/")[0] not in ("raw", "ceiling"):
+        text += f"; WARNING: a client process used {entry['clients_busiest']:.0%} of a core, pass more --clients"
+    return text
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def finish(record: Record) -> int:
+    """Print the comparison, or one line that says why there is none."""
+    document = record.document
+    failed = [f"{failure['side']}: {failure['error']}" for failure in document["failures"]]
+    if document["refused"]:
+        say(f"not compared: {document['refused']}")
+        return 1
+    if document["loads"]:
+        print(table.render(document["loads"]))
+    if failed:
+        say(f"failed: {'; '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
