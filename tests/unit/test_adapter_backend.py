@@ -79,6 +79,7 @@ class Scene:
             "_calls": self.calls,
             "_sink": self.sink,
             "_tasks": {},
+            "_readers": {},
             "_repeats_aborts": False,
         }.items():
             setattr(self.backend, name, value)

@@ -36,7 +36,7 @@ class Scheduler:
         self.cur_batch_for_debug: Any = None
         self.running_batch = SimpleNamespace(reqs=[])
         self.waiting_queue: list[int] = []
-        self.ipc_channels = SimpleNamespace(send_to_detokenizer=Sender())
+        self.ipc_channels = SimpleNamespace(send_to_detokenizer=Sender(), send_to_tokenizer=Sender())
         self.disagg_decode_transfer_queue = SimpleNamespace(queue=[1, 2])
         self.__dict__.update(more)
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from procs.engine.adapter import facts, shm
 from procs.engine.adapter.asks import Asks
-from procs.engine.adapter.calls import Calls, meta_of
+from procs.engine.adapter.calls import Answer, Calls
 from procs.engine.adapter.kv_metrics import KvMetrics
+from procs.engine.adapter.reader import BY_THE_STEP, Reader
 from procs.engine.adapter.routes import Routes
 from procs.engine.adapter.scheduler import Schedulers
 from procs.engine.adapter.scheduler import install as watch_schedulers
@@ -54,6 +55,9 @@ class SglangBackend:
             os.environ[log_levels.OURS] = level
         logs.take_back()  # dynamo.sglang has its own configuration, from its import on
         watch_schedulers()
+        from procs.engine.adapter import manager
+
+        manager.install()
         self._schedulers = Schedulers()
         shm.mark()
         self._engine = sgl.Engine(server_args=self._parsed.server_args)
@@ -69,6 +73,7 @@ class SglangBackend:
         sources = facts.kv_sources(server_args) if config.dynamo.use_kv_events else None
         self.info = kv_sources.say(sources) if sources is not None else {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._readers: dict[str, Reader] = {}
         self._sink: Sink | None = None
         self._kv_metrics: KvMetrics | None = None
         self._repeats_aborts = _repeats_aborts(server_args)
@@ -93,6 +98,9 @@ class SglangBackend:
         loop = asyncio.get_running_loop()
         log_levels.on_change = lambda level: loop.call_soon_threadsafe(self._log_level, level)
         self._routes = Routes(self._engine, self._parsed, self._incarnation, self._config.path, sink.serving)
+        if hasattr(self._manager, "readers"):  # with several tokenizer workers it is another class
+            self._readers = self._manager.readers
+            self._manager.step = sink.step
         asks = Asks(self._engine, self._server_args, self._routes.lora_id_for_name)
         self._calls = Calls(self._engine, asks)
         if self.facts.traces:
@@ -173,21 +181,12 @@ class SglangBackend:
         assert sink is not None
         call = payload.get("call", "generate")
         upload = payload.pop("upload", None)
-        first = True
-        finish: dict[str, Any] | None = None
+        reader = Reader(rid, call, sink)
+        if call in BY_THE_STEP and upload is None:
+            self._readers[rid] = reader
         try:
             async for answer in await self._calls.stream(rid, payload):
-                finish = answer["meta_info"]["finish_reason"]
-                tokens = answer.get("output_ids") or []
-                if not tokens and finish is None:
-                    continue
-                if upload is None:
-                    meta = meta_of(answer, call, first=first)
-                else:
-                    meta = await self._upload(answer, upload, first=first)
-                text = answer.get("text") if call in ("text", "native") else None
-                sink.output(rid, list(tokens), finish, meta, text)
-                first = False
+                reader.pass_on(answer if upload is None else await self._upload(answer, upload))
         except RequestError as error:
             sink.failed(rid, error.code, error.message)
         except (ValueError, TypeError) as error:
@@ -203,10 +202,12 @@ class SglangBackend:
             logging.exception("request %s", rid)
             sink.failed(rid, Code.INTERNAL, f"{type(error).__name__}: {error}")
         else:
-            if finish is None:
+            if not reader.finished:
                 sink.failed(rid, Code.INTERNAL, "SGLang's stream ended without a finish reason")
+        finally:
+            self._readers.pop(rid, None)
 
-    async def _upload(self, answer: dict[str, Any], upload: dict[str, Any], *, first: bool) -> dict[str, Any] | None:
+    async def _upload(self, answer: Answer, upload: dict[str, Any]) -> Answer:
         """--enable-rl: a choice's metadata goes to the client's store instead of along with its tokens."""
         from dynamo.common.metadata_upload import MetadataUploader
 
@@ -214,7 +215,7 @@ class SglangBackend:
         if info["finish_reason"] is not None:
             await MetadataUploader(upload["url"]).upload_choice(upload["index"], info)
         small = {name: info[name] for name in info if "logprobs" not in name and name != "routed_experts"}
-        return meta_of({**answer, "meta_info": small}, "generate", first=first)
+        return {**answer, "meta_info": small}
 
     # --- controls ----------------------------------------------------------------------------------------------------
 

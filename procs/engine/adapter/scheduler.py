@@ -16,6 +16,8 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
+from procs.engine.adapter import direct
+
 SAMPLE_SECONDS = 0.2
 """How often a scheduler is looked at."""
 PREFIX = "sgnode-scheduler"
@@ -70,10 +72,10 @@ def _carries(output: Any, *_: Any) -> bool:
     return bool(getattr(output, "rids", None))
 
 
-def _sender(scheduler: Any) -> Any:
-    """What it sends tokens with: to the detokenizer, or straight to the tokenizer with --skip-tokenizer-init."""
+def _sender(scheduler: Any, name: str) -> Any:
+    """What it sends tokens with: through the detokenizer, or directly (procs.engine.adapter.direct)."""
     channels = getattr(scheduler, "ipc_channels", scheduler)
-    return getattr(channels, "send_to_detokenizer", None)
+    return getattr(channels, name, None)
 
 
 QUEUES = (
@@ -100,8 +102,9 @@ class Watch:
         self._scheduler = scheduler
         self._outputs, self._loops = Counter(), Counter()
         missing = [] if hasattr(scheduler, "forward_ct") else ["forward_ct"]
-        if not self._outputs.of(_sender(scheduler), "send_output", _carries):
-            missing.append("send_to_detokenizer")
+        for name in ("send_to_detokenizer", "send_to_tokenizer"):
+            if not self._outputs.of(_sender(scheduler, name), "send_output", _carries):
+                missing.append(name)
         receiver = getattr(scheduler, "request_receiver", None)  # 0.5.16
         if not (self._loops.of(scheduler, "ingest_requests") or self._loops.of(receiver, "recv_requests")):
             missing.append("ingest_requests")
@@ -151,7 +154,7 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
 
 
 def _install(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Start the watch when the scheduler's loop starts: its model is loaded by then."""
+    """When the scheduler's loop starts, its model is loaded: then the watch starts, and the direct way opens."""
     from sglang.srt.managers.scheduler import Scheduler, run_scheduler_process
 
     ranks = inspect.signature(run_scheduler_process).bind(*args, **kwargs).arguments
@@ -163,6 +166,10 @@ def _install(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             Watch(scheduler, place).start()
         except Exception as error:
             logging.warning("the scheduler is not watched: %s: %s", type(error).__name__, error)
+        try:
+            direct.install(scheduler)
+        except Exception as error:
+            logging.warning("tokens go through the detokenizer: %s: %s", type(error).__name__, error)
         run(scheduler)
 
     Scheduler.run_event_loop = run_event_loop

@@ -1,0 +1,107 @@
+"""SGLang's TokenizerManager with outputs taken by the step: no task of a request wakes up for its tokens, only for its end.
+
+Everything else is SGLang's own: how a request is checked, tokenised and submitted, its locks, adapters, metrics and logs.
+Imports SGLang: only the engine's process may.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
+from sglang.srt.managers.io_struct import hook_custom_types
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.utils import TypeBasedDispatcher
+
+from procs.engine.adapter.direct import ROUTE, NewTokens
+from procs.engine.adapter.reader import Reader
+
+
+class _End(asyncio.Event):
+    """A request's event, which its task waits for: set at the end only, whatever in SGLang finds that the end has come."""
+
+    def __init__(self, state: Any) -> None:
+        super().__init__()
+        self._state = state
+
+    def set(self) -> None:
+        if self._state.finished:
+            super().set()
+
+
+@dataclass(slots=True)
+class _Row:
+    """What SGLang's ``collect_metrics`` reads of a step's row that goes on."""
+
+    completion_tokens: list[int]
+    finished_reasons: tuple[None] = (None,)
+
+
+class StepManager(TokenizerManager):  # type: ignore[misc]
+    """Requests with an entry in ``readers`` (before they are submitted) yield their last answer only; the others as ever."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.readers: dict[str, Reader] = {}
+        self.step: Callable[[Iterable[tuple[str, list[int]]]], None] = lambda rows: None
+        """Takes the plain tokens of a step: request id and new ids."""
+        super().__init__(*args, **kwargs)
+
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        hook_custom_types(NewTokens)
+        self._result_dispatcher += TypeBasedDispatcher([(NewTokens, self._new_tokens)])
+
+    def _init_req_state(self, obj: Any, *args: Any, **kwargs: Any) -> None:
+        super()._init_req_state(obj, *args, **kwargs)
+        if obj.is_single and obj.rid in self.readers:
+            state = self.rid_to_state[obj.rid]
+            state.event = _End(state)
+
+    def _send_one_request(self, tokenized_obj: Any) -> Any:
+        """Plain in SGLang 0.5.16, a coroutine in 0.5.23."""
+        reader = self.readers.get(tokenized_obj.rid)
+        if reader is not None and reader.ids_only:
+            tokenized_obj.http_worker_ipc = ROUTE
+        return super()._send_one_request(tokenized_obj)
+
+    def _new_tokens(self, new: NewTokens) -> None:
+        states = self.rid_to_state
+        rows = []
+        for rid, tokens in zip(new.rids, new.tokens, strict=True):
+            state = states.get(rid)
+            if state is None:  # aborted meanwhile
+                continue
+            # SGLang's own books: crash dumps, metrics and aborts read them.
+            state.output_ids.extend(tokens)
+            state.last_output_offset = len(state.output_ids)
+            rows.append((rid, tokens))
+            if self.enable_metrics and state.obj.log_metrics:
+                self.collect_metrics(state, _Row([state.last_output_offset]), 0)
+        self.step(rows)
+
+    async def _handle_batch_output(self, recv_obj: Any) -> None:
+        await super()._handle_batch_output(recv_obj)
+        for rid in recv_obj.rids:
+            reader = self.readers.get(rid)
+            state = self.rid_to_state.get(rid)
+            if reader is None or state is None or state.finished or not state.out_list:
+                continue
+            answers, state.out_list = state.out_list, []
+            if not state.time_stats.response_sent_to_client_time:
+                state.time_stats.set_response_sent_to_client_time()
+            for answer in answers:
+                reader.take(answer)
+
+
+def install() -> None:
+    """Before the engine is built."""
+
+    def init(server_args: Any, port_args: Any) -> Any:
+        return init_tokenizer_manager(server_args, port_args, StepManager)
+
+    if hasattr(Engine, "init_tokenizer_manager_func"):
+        Engine.init_tokenizer_manager_func = staticmethod(init)
+    else:
+        logging.warning("this SGLang has no Engine.init_tokenizer_manager_func: its tokens are taken one by one")

@@ -1,0 +1,46 @@
+"""One request's answers on their way to the sink: which of SGLang's metadata go along, and whether the end has come."""
+
+import logging
+
+from procs.engine.adapter.calls import Answer, meta_of
+from procs.engine.backend import Sink
+from shared.errors import Code
+
+BY_THE_STEP = ("generate", "text")
+"""Calls whose outputs are taken by the step (procs.engine.adapter.manager); others are answered once, or have their own ids."""
+
+
+class Reader:
+    """Answers of one request, in SGLang's form and in order."""
+
+    __slots__ = ("_call", "_first", "_rid", "_sink", "finished")
+
+    def __init__(self, rid: str, call: str, sink: Sink) -> None:
+        self._rid = rid
+        self._call = call
+        self._sink = sink
+        self._first = True
+        self.finished = False
+
+    @property
+    def ids_only(self) -> bool:
+        """Text is not asked for: the scheduler may answer directly (procs.engine.adapter.direct)."""
+        return self._call == "generate"
+
+    def take(self, answer: Answer) -> None:
+        """As ``pass_on``; what it can't understand ends the request. Never raises: it is called for a whole step's requests."""
+        try:
+            self.pass_on(answer)
+        except Exception as error:
+            logging.exception("request %s", self._rid)
+            self._sink.failed(self._rid, Code.INTERNAL, f"{type(error).__name__}: {error}")
+
+    def pass_on(self, answer: Answer) -> None:
+        finish = answer["meta_info"]["finish_reason"]
+        self.finished = finish is not None
+        tokens = answer.get("output_ids") or []
+        if not tokens and finish is None:
+            return
+        text = answer.get("text") if self._call in ("text", "native") else None
+        self._sink.output(self._rid, list(tokens), finish, meta_of(answer, self._call, first=self._first), text)
+        self._first = False
