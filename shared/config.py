@@ -89,6 +89,10 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Which of the visible GPUs the engine takes on this rank; None: not known."""
     node_id: str = ""
     """Of this life of the node: another one each time `sgnode serve` runs."""
+    begun: float = 0.0
+    """UNIX seconds: `sgnode serve` was started."""
+    checked: float = 0.0
+    """UNIX seconds: the configuration was found to be right."""
     agents: int = 1
     frontend: bool = True
     http_host: str = "127.0.0.1"

@@ -192,6 +192,8 @@ class Beat(Frame, tag="Beat"):
     epoch: int
     numbers: dict[str, float] = {}
     info: dict[str, str] = {}
+    marks: dict[str, float] = {}
+    """When what had happened in a start-up, by name (procs/coordinator/startup.py)."""
 
 
 class Death(Frame, tag="Death"):

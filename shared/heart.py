@@ -26,6 +26,7 @@ class Heart:
         self._task: asyncio.Task[None] | None = None
         self._lock = threading.Lock()
         self.numbers: Callable[[], dict[str, float]] = dict
+        self.marks: dict[str, float] = {}
         self.repeat: Callable[[], list[Frame]] = list
         """Frames to publish beside each Beat (Verdict, Intent): late subscribers must hear them too."""
 
@@ -83,7 +84,7 @@ class Heart:
         """Publish the current Beat and what is repeated with it."""
         log_levels.follow()
         with self._lock:  # or an older state could be said after a newer one
-            self._send(msgspec.structs.replace(self._beat, numbers=self.numbers()))
+            self._send(msgspec.structs.replace(self._beat, numbers=self.numbers(), marks=dict(self.marks)))
             for frame in self.repeat():
                 self._send(frame)
 

@@ -5,6 +5,7 @@ Variables and their precedence as in Dynamo 1.6.1's logging reference; levels ar
 
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ NODE_VARIABLE = "SGNODE_NODE"
 SGLANG_VARIABLE = "SGLANG_LOGGING_CONFIG_PATH"
 SKIP_VARIABLE = "DYN_SKIP_SGLANG_LOG_FORMATTING"
 FORMAT = "%(asctime)s %(levelname)s {process}: %(message)s"
+TIME = re.compile(rb'(?:\{"time":")?(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[,.]\d+(?:Z|[+-]\d\d:\d\d)?)')
 LEVELS = {"WARNING": "WARN"}
 """Names of levels in JSON, where Dynamo's differ from Python's."""
 IDS = ("request_id", "x_request_id", "rid", "trace_id")
@@ -109,6 +111,17 @@ def sglang_environment(environ: Mapping[str, str]) -> dict[str, str]:
     if SGLANG_VARIABLE in environ or _truthy(environ.get(SKIP_VARIABLE, "")):
         return {}
     return {SGLANG_VARIABLE: str(files("shared") / "sglang_logging.json")}
+
+
+def time_of(text: bytes) -> float | None:
+    """UNIX seconds at the beginning of a line that ``formatter()`` made; None when there are none."""
+    found = TIME.match(text)
+    if found is None:
+        return None
+    when = datetime.fromisoformat(found[1].decode().replace(",", ".").replace("Z", "+00:00"))
+    if when.tzinfo is None and os.environ.get(LOCAL_TIME_VARIABLE) and not _truthy(os.environ[LOCAL_TIME_VARIABLE]):
+        when = when.replace(tzinfo=UTC)
+    return when.timestamp()
 
 
 def line(level: str, message: str) -> bytes:

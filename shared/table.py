@@ -10,6 +10,9 @@ NEWS_SECONDS = 86_400.0
 FEW = 8
 """Of a larger group only the ranks that are not well are shown."""
 QUIET_SECONDS = 2.0
+LEAST_SECONDS = 0.05
+"""A phase of the start-up that took less is not shown."""
+PHASES = {"kv_cache": "KV cache", "warm_up": "warm-up", "children": "SGLang's processes"}
 LEFT = {"PROCESS", "STATE", "DETAIL"}
 
 
@@ -41,6 +44,7 @@ def render(document: Mapping[str, Any], now: float | None = None) -> str:
     if document.get("stale_s"):
         lines.append(f"  as of {span(document['stale_s'])} ago: the coordinator is not reporting")
     lines.append("  " + "   ".join(fact_words(document)))
+    lines.extend(startup_lines(document, now))
     lines.extend(crash_lines(document, now))
     lines.append("")
     lines.extend(columns([HEADINGS, *(cells(process) for process in document.get("processes", ()))]))
@@ -82,6 +86,18 @@ def group_lines(document: Mapping[str, Any]) -> list[str]:
         if seen is None or seen > QUIET_SECONDS or engine != "ready" or refused or nnodes <= FEW:
             lines.append(f"  rank {each['node_rank']}: {words}{also}")
     return lines
+
+
+def startup_lines(document: Mapping[str, Any], now: float) -> list[str]:
+    """Where the seconds of the engine's start went, or go; none for one that was broken off."""
+    startup = document.get("startup")
+    if not startup or not (startup["done"] or startup["current"]):
+        return []
+    phases = [f"{PHASES.get(name, name)} {took:.1f}" for name, took in startup["phases"].items() if took >= LEAST_SECONDS]
+    if startup["done"]:
+        return [f"  start-up: {startup['seconds']:.1f} s = {', '.join(phases)}"]
+    phases.append(f"{PHASES.get(startup['current'], startup['current'])} for {now - startup['since']:.1f} so far")
+    return [f"  start-up: {now - startup['begun']:.1f} s so far = {', '.join(phases)}"]
 
 
 def crash_lines(document: Mapping[str, Any], now: float) -> list[str]:

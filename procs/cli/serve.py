@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from importlib.metadata import version
 from importlib.resources import files
@@ -21,6 +22,7 @@ import msgspec
 from procs.cli import flags, runtime_dir
 from procs.cli.flags import NodeFlags
 from procs.launch import interpreter
+from procs.plugin.facts import uptime
 from shared import config as configuration
 from shared import environment, logs, roles
 from shared import group_key as key
@@ -173,6 +175,7 @@ def resolve(
 
     ``probe=False``: ports stay as they were given, taken or not (`sgnode doctor` says by whom). ``timeout``: of SGLang's check.
     """
+    begun = time.time() - (uptime(os.getpid()) or 0.0)
     discovery = _given(found, "--discovery-backend") or environ.get("DYN_DISCOVERY_BACKEND")
     if discovery is None:
         discovery = "file"
@@ -214,6 +217,8 @@ def resolve(
         group_key_file=None if found.group_key_file is None else str(Path(found.group_key_file).absolute()),
         group_deadline=found.group_deadline,
         node_id=uuid.uuid4().hex,
+        begun=begun,
+        checked=time.time(),
         **worker,
     )
 

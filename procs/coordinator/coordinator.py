@@ -23,6 +23,7 @@ from procs.coordinator.load import Load
 from procs.coordinator.node import ALIVE, Facts, NodeState, is_stuck, node_state
 from procs.coordinator.restart import FollowerPolicy, RestartPolicy
 from procs.coordinator.revoke import Revoker
+from procs.coordinator.startup import StartUp
 from shared import supervisord
 from shared.config import EVENTS_SOCKET, LOG_DIR, NodeConfig
 from shared.frames import AnyState, Beat, Death, Intent, KvUse, ProcessChange, Verdict
@@ -57,6 +58,7 @@ class Coordinator:
         self._config = config
         self._board = Board()
         self._load = Load(config.path / LOG_DIR, config.model_path, time.monotonic)
+        self._startup = StartUp(config)
         self._policy = RestartPolicy() if config.leads else FollowerPolicy()
         self._program = EngineProgram(self._policy, self._crashed)
         self._crashes = document.Crashes()
@@ -139,6 +141,7 @@ class Coordinator:
         if isinstance(frame, Beat | KvUse):
             self._load.hear(frame)
         if isinstance(frame, Beat):
+            self._startup.hear(frame)
             old = self._board.heard.get(frame.process)
             was = None if old is None else (old.beat.waiting_for, old.beat.numbers.get("registered"))
             news = self._board.hear(frame) or was != (frame.waiting_for, frame.numbers.get("registered"))
@@ -267,6 +270,7 @@ class Coordinator:
         self._group = group.make(self._config, self._changed.set, self._epoch_over)
         self._group.begin(last, alive=self._program.state in ALIVE)
         self._wish(last)
+        self._startup.remember(last.get("startup"))
         if not last["incarnation"]:
             return  # the node's first coordinator, or one before the first engine: nothing to go on with
         self._node, self._since = NodeState(State(last["state"]), last["reason"]), last["since"]
@@ -299,6 +303,7 @@ class Coordinator:
 
     async def _work(self) -> None:
         await self._adopt()
+        self._startup.up(time.time())
         while True:
             self._changed.clear()
             try:
@@ -344,6 +349,7 @@ class Coordinator:
 
     async def _start_engine(self) -> None:
         self._program.starting()
+        self._startup.asked(time.time())
         # What is still on the board belongs to the life before.
         self._board.forget("engine")
         self._board.forget("keeper")
@@ -443,6 +449,8 @@ class Coordinator:
             self._config, self._board, facts, node, since=self._since, incarnation=self._incarnation, crashes=self._crashes
         )
         carried = self._load.document(facts.agents, self._incarnation, up=facts.engine is not None and not facts.death)
+        alive = self._program.state in ALIVE or self._starting or not self._program.started
+        carried["startup"] = self._startup.document(alive=alive and not facts.death)
         return {**built, **carried, "epoch": self._group.epoch, "restarts_begun": self._restarts, **self._group.document()}
 
     async def _report(self) -> None:
@@ -459,6 +467,7 @@ class Coordinator:
             logging.info("%s", node.reason)
             self._said_streams, self._said_at = facts.streams, time.time()
         self._node = node
+        self._startup.node_is(node.state, time.time())
         self._group.heed(facts, node)
         workers = self._group.workers(facts)
         self._heart.set(State.READY, info={"node": node.state, "reason": node.reason or node.state, "workers": ",".join(workers)})

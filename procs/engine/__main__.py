@@ -8,6 +8,7 @@ import sys
 
 import zmq
 
+from procs.engine import imports
 from procs.engine.backend import Backend
 from procs.engine.load_progress import LoadProgress
 from procs.engine.service import Service
@@ -63,7 +64,7 @@ def main() -> int:
     heart = Heart(config.path, "engine", incarnation=incarnation, epoch=epoch)
     # While loading there is nothing to finish: leave at once, the keeper ends the children.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    progress = LoadProgress(config.path / LOG_DIR / "engine.log")
+    progress = LoadProgress(config.path / LOG_DIR / "engine.log", heart.marks)
 
     def loading() -> None:
         words = ": ".join(filter(None, (f"loading {config.served_model_name}", progress.look())))
@@ -72,6 +73,8 @@ def main() -> int:
     loading()
     with heart.beating_from_a_thread(loading):
         backend = build(config, incarnation)
+    progress.look()
+    imports.resume_collector()
     # Also while it serves: a loop that is blocked for some seconds is no dead engine (the Beat's loop_lag says for how long).
     with heart.beating_from_a_thread():
         asyncio.run(serve(config, backend, heart, incarnation, epoch))

@@ -105,6 +105,7 @@ class Keeper:
         self._incarnation = own.incarnation
         self._epoch = own.epoch
         self._engine = engine_pid
+        self._forked = time.time()
         self._cgroup = cgroup
         self._stop_wait = stop_wait
         self._parent = parent
@@ -133,6 +134,7 @@ class Keeper:
         self._watch(self._engine)
         self._heart = Heart(self._config.path, "keeper", incarnation=self._incarnation, epoch=self._epoch)
         self._heart.repeat = lambda: [] if self._death is None else [self._death]
+        self._heart.marks["forked"] = self._forked
         self._heart.start()
         self._heart.set(State.READY, info={"engine_pid": str(self._engine)})
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
