@@ -18,7 +18,7 @@ from benchmarks.token_path.clients import LoadError
 from benchmarks.token_path.load import Load
 from benchmarks.token_path.measure import measure
 from benchmarks.token_path.record import Record, label
-from benchmarks.token_path.side import Failed, Place, Setup, Side, Wanted, make
+from benchmarks.token_path.side import Failed, Place, Setup, Side, Wanted, make, together
 
 WARM_OUTPUT = 16
 BUSY = 0.8
@@ -37,8 +37,8 @@ def main() -> int:
         record = Record(found.record, {**asked, "sides": [str(wanted) for wanted in found.sides]})
         run = Run(found, directory, record, found.logs or Path(scratch) / "logs")
         for turn in range(found.rounds):
-            for wanted in found.sides:
-                run.one(wanted, turn)
+            for sides in together(found.sides):
+                run.one(sides, turn)
     return finish(record)
 
 
@@ -60,23 +60,27 @@ class Run:
     def __init__(self, found: argparse.Namespace, directory: Path, record: Record, logs: Path) -> None:
         self._found, self._record, self._logs = found, record, logs
         self._vocab = int(json.loads((directory / "config.json").read_text())["vocab_size"])
-        self._setup = Setup(directory, found.flags, found.agents[0], found.clients, found.step_ms / 1e3)
+        self._setup = Setup(directory, found.flags, found.agents[0], found.clients, found.step_ms / 1e3, self._vocab)
 
-    def one(self, wanted: Wanted, turn: int) -> None:
-        """Start a side, send it all loads, end it. What goes wrong is kept in the record, and the run goes on."""
-        logs = self._logs / f"{turn}-{str(wanted).replace('/', '-')}"
+    def one(self, sides: list[Wanted], turn: int) -> None:
+        """Start what these sides share, send each all loads, end it. What goes wrong is recorded, and the run goes on."""
+        name = "+".join(map(str, sides))
+        logs = self._logs / f"{turn}-{name.replace('/', '-')}"
         try:
-            with Place(logs) as place, closing(make(wanted, self._setup, place)) as side:
+            with Place(logs) as place, closing(make(sides[0], self._setup, place)) as side:
                 began = time.monotonic()
                 side.start()
                 seconds = round(time.monotonic() - began, 2)
-                self._record.add("starts", {"side": str(wanted), "round": turn, "seconds": seconds})
-                say(f"round {turn + 1}: {wanted} up after {seconds} s")
-                self._check(wanted, side)
-                self._loads(wanted, side, place.mark, turn)
+                self._record.add("starts", {"side": name, "round": turn, "seconds": seconds})
+                say(f"round {turn + 1}: {name} up after {seconds} s")
+                seeds = iter(range(SEEDS, 10**9, SEEDS))
+                for wanted in sides:
+                    side.become(wanted)
+                    self._check(wanted, side)
+                    self._loads(wanted, side, place.mark, turn, seeds)
         except (Failed, LoadError, OSError) as error:
-            self._record.add("failures", {"side": str(wanted), "round": turn, "error": str(error)})
-            say(f"{wanted}: {error} (its logs: {logs if self._found.logs else 'not kept, pass --logs DIR'})")
+            self._record.add("failures", {"side": name, "round": turn, "error": str(error)})
+            say(f"{name}: {error} (its logs: {logs if self._found.logs else 'not kept, pass --logs DIR'})")
 
     def _check(self, wanted: Wanted, side: Side) -> None:
         if wanted.kind == "synthetic":
@@ -86,9 +90,8 @@ class Run:
         document["refused"] = document["refused"] or outputs.difference(document["texts"])
         self._record.save()
 
-    def _loads(self, wanted: Wanted, side: Side, mark: str, turn: int) -> None:
+    def _loads(self, wanted: Wanted, side: Side, mark: str, turn: int, seeds: Iterator[int]) -> None:
         loads = list(self._asked())
-        seeds = iter(range(SEEDS, 10**9, SEEDS))
         # Compiles what has to be compiled, and opens every connection.
         widest = max(loads, key=lambda load: load.streams)
         side.run(replace(widest, requests=1, output=WARM_OUTPUT, rate=0.0, seed=next(seeds)), lambda: None)

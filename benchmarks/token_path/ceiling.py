@@ -1,7 +1,7 @@
-"""The engine's own ceiling: SGLang's real schedulers, and a receiver that does nothing for a token.
+"""The engine's own ceiling: SGLang's real schedulers, and a receiver that can be told to do nothing for a token.
 
-SGLang 0.5.16 and 0.5.23: the scheduler serialises each step as for any stream, the receiving process unpickles the step and
-looks at its finish reasons.
+Then the scheduler serialises each step as for any stream, and the receiving process unpickles it and looks at its finish
+reasons. Works with SGLang 0.5.16 and 0.5.23.
 """
 
 from functools import partial
@@ -12,11 +12,15 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 
 class Receiver(TokenizerManager):  # type: ignore[misc]
-    """A TokenizerManager that hands on ends only, in one piece a request; ``keep`` keeps the tokens, for a look at them."""
+    """A TokenizerManager; with ``bare`` it hands on ends only, and the tokens in one piece with ``keep``, for a look at them."""
 
+    bare = False
     keep: dict[str, list[int]] | None = None
 
     async def _handle_batch_output(self, recv_obj: Any) -> None:
+        if not self.bare:
+            await super()._handle_batch_output(recv_obj)
+            return
         if self.keep is not None:
             for rid, ids in zip(recv_obj.rids, recv_obj.output_ids, strict=True):
                 self.keep.setdefault(rid, []).extend(ids)
@@ -35,7 +39,7 @@ class Receiver(TokenizerManager):  # type: ignore[misc]
         state.event.set()
 
 
-class CeilingEngine(Engine):  # type: ignore[misc]
+class WithReceiver(Engine):  # type: ignore[misc]
     """``sgl.Engine`` with that receiver."""
 
     init_tokenizer_manager_func = staticmethod(partial(init_tokenizer_manager, TokenizerManagerClass=Receiver))

@@ -10,9 +10,14 @@ from typing import Any, Protocol
 
 from benchmarks.token_path.load import Load, Request, prompt
 
+ARRIVALS_SEED = 7
+
 
 class Source(Protocol):
     """Where requests go."""
+
+    def use(self, way: str) -> None:
+        """Send them another way from now on, where there are several."""
 
     def prepare(self, ids: list[int], output: int) -> Any:
         """What can be done for a request before the load begins."""
@@ -32,8 +37,8 @@ class Done:
 
 
 def arrivals(load: Load) -> list[float]:
-    """Seconds from the beginning at which an open loop sends; the same ones for the same load."""
-    drawn, at, times = random.Random(load.seed), 0.0, []
+    """Seconds from the beginning at which an open loop sends: the same ones for every side."""
+    drawn, at, times = random.Random(ARRIVALS_SEED), 0.0, []
     while (at := at + drawn.expovariate(load.rate)) < load.at_most:
         times.append(at)
     return times
@@ -82,13 +87,18 @@ class Part:
 def serve(connection: Connection, runner: asyncio.Runner, source: Source) -> None:
     """Send loads as told, until the other side of the connection closes.
 
-    It says ``(load, index, count)``, gets "ready", says when to start, and gets a Done or the text of an error.
+    It says ``(load, index, count)``, gets "ready", says when to start, and gets a Done or the text of an error. A text
+    instead of a load goes to ``source.use``.
     """
     while True:
         try:
-            load, index, count = connection.recv()
+            told = connection.recv()
         except EOFError:
             return
+        if isinstance(told, str):
+            source.use(told)
+            continue
+        load, index, count = told
         part = Part(load, index, count, source)
         connection.send("ready")
         start: float = connection.recv()

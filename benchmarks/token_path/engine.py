@@ -1,7 +1,8 @@
-"""A process that holds ``sgl.Engine`` alone and sends itself the load: the sides ``raw`` and ``ceiling``.
+"""A process that holds ``sgl.Engine`` alone and sends itself the loads: the sides ``raw`` and ``ceiling``, in one start.
 
-usage: python -m benchmarks.token_path.engine raw|ceiling FD -- FLAGS OF python -m dynamo.sglang
-FD is an inherited multiprocessing connection: "up" comes when the engine is, greedy outputs for a list of prompts, then loads.
+usage: python -m benchmarks.token_path.engine FD -- FLAGS OF python -m dynamo.sglang
+FD is an inherited multiprocessing connection. On it comes "up"; then prompts get their greedy outputs, raw and bare; then
+loads are sent (drive.serve), told "raw" or "ceiling" before.
 """
 
 import asyncio
@@ -17,8 +18,12 @@ from benchmarks.token_path.load import Request
 class Generate:
     """``async_generate``, as its user would call it (drive.Source)."""
 
-    def __init__(self, engine: Any, *, arrivals: bool) -> None:
-        self._engine, self._arrivals = engine, arrivals
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._receiver = engine.tokenizer_manager
+
+    def use(self, way: str) -> None:
+        self._receiver.bare = way == "ceiling"
 
     def prepare(self, ids: list[int], output: int) -> dict[str, Any]:
         params = {"temperature": 0, "max_new_tokens": output, "ignore_eos": True}
@@ -26,46 +31,43 @@ class Generate:
 
     async def run(self, prepared: dict[str, Any], request: Request) -> None:
         async for chunk in await self._engine.async_generate(**prepared):
-            if self._arrivals:
+            if not self._receiver.bare:
                 request.arrivals.append(time.monotonic())
             request.chunks += 1
             request.tokens = chunk["meta_info"]["completion_tokens"]
         request.ended = time.monotonic()
 
-    async def outputs(self, prompts: list[list[int]], output: int) -> list[list[int]]:
-        """Greedy output ids, one prompt after another."""
-        found = []
-        for ids in prompts:
-            out: list[int] = []
-            async for chunk in await self._engine.async_generate(**self.prepare(ids, output)):
-                out += chunk["output_ids"]
-            found.append(out)
+    async def outputs(self, prompts: list[list[int]], output: int) -> dict[str, list[list[int]]]:
+        """Greedy output ids either way, one prompt after another."""
+        found: dict[str, list[list[int]]] = {}
+        self._receiver.keep = {}
+        for way in ("raw", "ceiling"):
+            self.use(way)
+            found[way] = [await self._output(ids, output) for ids in prompts]
+        self._receiver.keep = None
         return found
+
+    async def _output(self, ids: list[int], output: int) -> list[int]:
+        out: list[int] = []
+        async for chunk in await self._engine.async_generate(**self.prepare(ids, output)):
+            out += chunk["output_ids"]
+        return out
 
 
 def main() -> None:
-    side, connection = sys.argv[1], Connection(int(sys.argv[2]))
+    connection = Connection(int(sys.argv[1]))
     from dynamo.sglang.args import parse_args
 
-    server_args = asyncio.run(parse_args(sys.argv[4:])).server_args
+    from benchmarks.token_path.ceiling import WithReceiver
+
+    server_args = asyncio.run(parse_args(sys.argv[3:])).server_args
     loop = asyncio.new_event_loop()  # uvloop's: SGLang has set its policy
     asyncio.set_event_loop(loop)
-    if side == "ceiling":
-        from benchmarks.token_path.ceiling import CeilingEngine
-
-        engine = CeilingEngine(server_args=server_args)
-    else:
-        import sglang as sgl
-
-        engine = sgl.Engine(server_args=server_args)
-    source = Generate(engine, arrivals=side == "raw")
+    engine = WithReceiver(server_args=server_args)
+    source = Generate(engine)
     connection.send("up")
-    prompts, output = connection.recv()
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        manager = engine.tokenizer_manager
-        manager.keep = {}
-        connection.send(runner.run(source.outputs(prompts, output)))
-        manager.keep = None
+        connection.send(runner.run(source.outputs(*connection.recv())))
         serve(connection, runner, source)
 
 

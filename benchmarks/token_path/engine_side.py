@@ -1,4 +1,4 @@
-"""The sides ``raw`` and ``ceiling`` from outside: benchmarks.token_path.engine in a process of its own."""
+"""The sides ``raw`` and ``ceiling`` from outside: benchmarks.token_path.engine in one process, told which it is."""
 
 import multiprocessing
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from benchmarks.token_path import clients
 from benchmarks.token_path.drive import Done
@@ -19,11 +21,12 @@ class EngineSide:
     def __init__(self, wanted: Wanted, setup: Setup, place: Place) -> None:
         self._wanted, self._setup, self._place = wanted, setup, place
         self._connection: Connection | None = None
+        self._outputs: dict[str, list[list[int]]] = {}
 
     def start(self) -> None:
         ours, theirs = multiprocessing.Pipe()
         self._connection = ours
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.token_path.engine", self._wanted.kind, str(theirs.fileno())]
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.token_path.engine", str(theirs.fileno())]
         with (self._place.logs / "engine.log").open("wb") as out:
             self._process = subprocess.Popen(
                 [*command, "--", *worker_flags(self._wanted, self._setup)],
@@ -37,19 +40,23 @@ class EngineSide:
         if self._receive(START_SECONDS) != "up":
             raise Failed("the engine's process is out of step")
 
+    def become(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+
     def scale(self, agents: int) -> None:
         """It has none."""
 
     def outputs(self, prompts: list[list[int]], output: int) -> list[str]:
-        from transformers import AutoTokenizer
-
         assert self._connection is not None
-        self._connection.send((prompts, output))
-        tokenizer = AutoTokenizer.from_pretrained(self._setup.model)
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self._receive(60.0)]
+        if not self._outputs:
+            self._connection.send((prompts, output))
+            self._outputs = self._receive(60.0)
+        tokenizer = Tokenizer.from_file(str(self._setup.model / "tokenizer.json"))
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self._outputs[self._wanted.kind]]
 
     def run(self, load: Load, started: Callable[[], None]) -> list[Done]:
         assert self._connection is not None
+        self._connection.send(self._wanted.kind)
         return clients.run([self._connection], load, started)
 
     def close(self) -> None:

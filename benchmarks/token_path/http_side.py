@@ -47,6 +47,9 @@ class HttpSide:
         self._wait("the model is listed", self._listed)
         self._wait("a request is answered", lambda: self._answers(1))
 
+    def become(self, wanted: Wanted) -> None:
+        """It is one side only."""
+
     def scale(self, agents: int) -> None:
         """It has no agents."""
 

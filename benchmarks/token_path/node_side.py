@@ -25,7 +25,7 @@ class NodeSide(HttpSide):
     def _launch(self) -> None:
         flags = worker_flags(self._wanted, self._setup)
         if self._wanted.kind == "synthetic":
-            dials = f"load_seconds=0,step_seconds={self._setup.step_seconds:g}"
+            dials = f"load_seconds=0,step_seconds={self._setup.step_seconds:g},vocab_size={self._setup.vocab}"
             flags = ["--model-path", str(self._setup.model), "--served-model-name", MODEL, "--synthetic", dials]
         where = ["--name", "token-path", "--runtime-dir", str(self._runtime_dir)]
         ports = ["--http-port", str(self._port), "--system-port", "0"]

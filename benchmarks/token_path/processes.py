@@ -44,12 +44,16 @@ def name_of(command: list[str]) -> str:
     """What a process is, by its title or its command line."""
     if not command:
         return "?"
+    if " " in command[0]:
+        command = command[0].split()  # a title; one that setproctitle gave back may have lost its end
     if found := TITLE.match(command[0]):
         return found[1].lower()
     if "-m" in command[:-1]:
         module, rest = command[(at := command.index("-m") + 1)], command[at + 1 :]
         if module.startswith("procs."):
             name = module.removeprefix("procs.")
+            if len(name) > 2 and "engine".startswith(name):
+                return "engine"
             return f"agent:{rest[0]}" if name == "agent" and rest else name
         return MODULES.get(module, module)
     if "-c" in command[:-1]:

@@ -41,6 +41,18 @@ class Wanted:
         return self.kind if self.interval == 1 else f"{self.kind}/{self.interval}"
 
 
+def together(sides: list[Wanted]) -> list[list[Wanted]]:
+    """The sides by start: ``raw`` and ``ceiling`` next to each other share one engine."""
+    starts: list[list[Wanted]] = []
+    for wanted in sides:
+        last = starts[-1][-1] if starts else None
+        if last and {last.kind, wanted.kind} == {"raw", "ceiling"} and last.interval == wanted.interval:
+            starts[-1].append(wanted)
+        else:
+            starts.append([wanted])
+    return starts
+
+
 @dataclass(frozen=True)
 class Setup:
     """What all sides of a run share."""
@@ -53,6 +65,7 @@ class Setup:
     clients: int
     step_seconds: float
     """Of the synthetic engine."""
+    vocab: int
 
 
 class Failed(Exception):
@@ -64,6 +77,9 @@ class Side(Protocol):
 
     def start(self) -> None:
         """Returns when it has answered a request."""
+
+    def become(self, wanted: Wanted) -> None:
+        """Be another of the sides that share one start (``together``)."""
 
     def scale(self, agents: int) -> None:
         """Go down to so many agents."""

@@ -24,6 +24,9 @@ class Http:
     def __init__(self, session: aiohttp.ClientSession, url: str, model: str) -> None:
         self._session, self._url, self._model = session, f"{url}/v1/completions", model
 
+    def use(self, way: str) -> None:
+        """There is one."""
+
     def prepare(self, ids: list[int], output: int) -> bytes:
         body: dict[str, Any] = {"model": self._model, "prompt": ids, "max_tokens": output, "temperature": 0, "ignore_eos": True}
         return json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
