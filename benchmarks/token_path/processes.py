@@ -51,7 +51,7 @@ def name_of(command: list[str]) -> str:
     if "-m" in command[:-1]:
         module, rest = command[(at := command.index("-m") + 1)], command[at + 1 :]
         if module.startswith("procs."):
-            name = module.removeprefix("procs.")
+            name = module.split(".")[1]
             if len(name) > 2 and "engine".startswith(name):
                 return "engine"
             return f"agent:{rest[0]}" if name == "agent" and rest else name
