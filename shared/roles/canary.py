@@ -26,6 +26,8 @@ def request(role: Role, facts: EngineFacts, given: dict[str, Any] | None) -> Req
 def payload(role: Role, facts: EngineFacts, given: dict[str, Any] | None, rank: int | None) -> Payload:
     """As the engine takes it. Raises RequestError for a given one that the role can't take."""
     made = role.canary(facts) if given is None else role.to_engine(Asked(request(role, facts, given), facts))[0]
+    if role.generates:
+        made = {**made, "detokenize": True}  # the long way: what isn't direct needs it as well
     if rank is None:
         return made
     # A bootstrap room belongs to a rank as well (dynamo.sglang 1.6.1, warmup_prefill_engine).

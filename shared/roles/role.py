@@ -12,6 +12,7 @@ Payload = dict[str, Any]
 ``generate``: the rest are keyword arguments of SGLang's ``Engine.async_generate``; ``asks`` holds fields of Dynamo's request
 that only SGLang's process can judge (procs.engine.adapter.asks). ``text``: the same with a ``request`` in OpenAI's form, whose
 prompt is rendered there, and text as output. ``native``: SGLang's own GenerateReqInput. ``embed``: SGLang's EmbeddingReqInput.
+``detokenize``: a ``generate`` that goes through SGLang's detokenizer, as those with text do; ids need it not.
 """
 Request = dict[str, Any]
 """A request as Dynamo 1.6.1 hands it to a worker."""

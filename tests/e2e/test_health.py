@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL
 from tests.frontend import free_port
-from tests.harness import CPU, Node, instances, send, wait_for
+from tests.harness import CPU, Node, instances, process_state, send, wait_for
 from tests.holding.sitecustomize import HOLD
 from tests.node.test_hang import titled
 from tests.node.test_health import OUT, SERVING, look, route, strikes
@@ -75,6 +75,12 @@ def metrics(node: Node) -> list[str]:
 
     with urllib.request.urlopen(f"{node.system_url}/metrics", timeout=5) as answer:
         return list(answer.read().decode().splitlines())
+
+
+def counted(node: Node) -> float:
+    """Tokens in SGLang's own histogram of inter-token latencies."""
+    name = "sglang:inter_token_latency_seconds_count"
+    return sum(float(line.split()[-1]) for line in metrics(node) if line.startswith(name))
 
 
 def back_in_discovery(node: Node, pid: int) -> None:
@@ -171,4 +177,22 @@ def test_a_process_that_is_stopped(node: Node, figures: Callable[..., None], tit
     wait_for("back in discovery", lambda: instances(node), 20)
     figures(stopped=title, withdrawn_s=round(out, 2), back_s=round(time.monotonic() - let_go, 2))
     assert out < 3
+    back_in_discovery(node, engine)
+
+
+def test_tokens_need_no_detokenizer(node: Node) -> None:
+    """Streams that run go on, and their metrics count, while it is stopped; nothing of them went through it."""
+    engine, pid = node.pid("engine"), titled(node, "sglang::detokenizer")
+    before = counted(node)
+    with Streams() as streams:
+        results = streams.start(node.url, MODEL, 4, 1_000)
+        streams.flowing(results)
+        send(pid, signal.SIGSTOP)
+        try:
+            assert all(r.complete and r.tokens == 1_000 for r in streams.join()), results
+            assert process_state(pid) == "T"
+        finally:
+            send(pid, signal.SIGCONT)
+    # SGLang's own histogram: each token but the first.
+    assert counted(node) - before >= 4 * 999
     back_in_discovery(node, engine)

@@ -181,7 +181,8 @@ class SglangBackend:
         assert sink is not None
         call = payload.get("call", "generate")
         upload = payload.pop("upload", None)
-        reader = Reader(rid, call, sink)
+        detokenize = payload.pop("detokenize", call != "generate")
+        reader = Reader(rid, call, sink, ids_only=not detokenize)
         if call in BY_THE_STEP and upload is None:
             self._readers[rid] = reader
         try:

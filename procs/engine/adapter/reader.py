@@ -13,19 +13,16 @@ BY_THE_STEP = ("generate", "text")
 class Reader:
     """Answers of one request, in SGLang's form and in order."""
 
-    __slots__ = ("_call", "_first", "_rid", "_sink", "finished")
+    __slots__ = ("_call", "_first", "_rid", "_sink", "finished", "ids_only")
 
-    def __init__(self, rid: str, call: str, sink: Sink) -> None:
+    def __init__(self, rid: str, call: str, sink: Sink, *, ids_only: bool) -> None:
         self._rid = rid
         self._call = call
         self._sink = sink
         self._first = True
         self.finished = False
-
-    @property
-    def ids_only(self) -> bool:
+        self.ids_only = ids_only
         """Text is not asked for: the scheduler may answer directly (procs.engine.adapter.direct)."""
-        return self._call == "generate"
 
     def take(self, answer: Answer) -> None:
         """As ``pass_on``; what it can't understand ends the request. Never raises: it is called for a whole step's requests."""
