@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from dynamo.common.configuration.groups.router_args import build_router_config, parse_worker_router_config
 from dynamo.common.utils.endpoint_types import parse_endpoint_types
 from dynamo.common.utils.prometheus import LLMBackendMetrics, register_engine_metrics_callback
 from dynamo.common.utils.topology import apply_topology_config
@@ -274,8 +273,7 @@ class Identity:
             custom_template_path=dynamo.custom_jinja_template,
             worker_type=getattr(WorkerType, self._role.worker_type),
             needs=self._needs,
-            # --router-mode on a worker: how it wants to be routed to.
-            router_config=build_router_config(parse_worker_router_config(self._config.worker_argv)[0]),
+            router_config=_router_config(self._config.worker_argv),
             model_aliases=dynamo.served_model_aliases or None,
             max_gpu_lora_count=facts.max_loras,
         )
@@ -323,6 +321,16 @@ class Identity:
             config.set_engine_specific("dynamo.sglang.gateway_workers", json.dumps(self._config.agents))
         apply_topology_config(config)
         return config
+
+
+def _router_config(argv: list[str]) -> Any:
+    """--router-mode on a worker: how it wants to be routed to. None: as the frontend does."""
+    if "DYN_ROUTER_MODE" not in os.environ and not any(argument.startswith("--router-mode") for argument in argv):
+        return None
+    # Imported only where there is something to parse: it is 5 MB.
+    from dynamo.common.configuration.groups.router_args import build_router_config, parse_worker_router_config
+
+    return build_router_config(parse_worker_router_config(argv)[0])
 
 
 def _card_key(facts: EngineFacts) -> str:

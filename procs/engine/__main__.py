@@ -53,6 +53,7 @@ async def serve(config: NodeConfig, backend: Backend, heart: Heart, incarnation:
 
 
 def main() -> int:
+    imports.hold_collector()
     logs.setup("engine")
     try:
         config = configuration.load()

@@ -4,20 +4,24 @@ An import makes millions of objects and no garbage; looking for it among them is
 """
 
 import gc
-from multiprocessing import util
+import sys
+from multiprocessing import context
 
 
 def hold_collector() -> None:
-    """No collection until ``resume_collector``; in a process that multiprocessing spawns, until its target is called.
-
-    For the top of a program's main module: a spawned process imports that one first, then what its target needs.
-    """
+    """No collection until ``resume_collector``; in each process that multiprocessing spawns, until its target is called."""
     gc.disable()
-    # In a spawned process too these are called between the last import and the target.
-    util.register_after_fork(resume_collector, lambda resume: resume())
+    # A spawned process imports its parent's main module first, but never a ``__main__.py``: now it is this one.
+    sys.modules["__main__"].__spec__ = __spec__
 
 
 def resume_collector() -> None:
     """What is there now stays: later collections leave it out."""
     gc.freeze()
     gc.enable()
+
+
+if __name__ == "__mp_main__":
+    gc.disable()
+    # Called between what the target's module imports and the target; as it is, it does nothing.
+    context.SpawnProcess._after_fork = staticmethod(resume_collector)  # type: ignore[attr-defined]

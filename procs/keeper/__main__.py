@@ -15,7 +15,7 @@ def main() -> int:
     try:
         node = config.load()
         stop_wait = float(os.environ.get("SGNODE_ENGINE_STOPWAIT", "30"))
-        return keep(node, [sys.executable, "-m", "procs.engine.start"], stop_wait)
+        return keep(node, [sys.executable, "-m", "procs.engine"], stop_wait)
     except TimeoutError as error:
         logging.error("%s", error)
         return LEFT_BEHIND_EXIT

@@ -52,7 +52,6 @@ class Relay:
             self._heart.set(State.STOPPED)
             for task in self._scrapes:
                 task.cancel()
-            await self._scraper.close()
             states.close()
             self._metrics.close()
             context.term()

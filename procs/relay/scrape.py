@@ -52,9 +52,6 @@ class Scraper:
         families = [*node_metrics.families(self._config, self._board, use, document), *processes, *(gpus or [])]
         return merge([expose([*families, *self._own()]), engine or "", *(found or "" for found in agents)])
 
-    async def close(self) -> None:
-        await self._agents.close()
-
     def _worker_id(self) -> str:
         """Whom SGLang's metrics are shown for: the first agent; on a follower the leader's."""
         if self._config.agent_names:

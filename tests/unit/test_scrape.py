@@ -72,9 +72,7 @@ def scrape_once(scraper: Scraper) -> tuple[str, float]:
     async def main() -> tuple[str, float]:
         began = time.monotonic()
         text = await scraper.text({})
-        seconds = time.monotonic() - began
-        await scraper.close()
-        return text, seconds
+        return text, time.monotonic() - began
 
     return asyncio.run(main())
 
