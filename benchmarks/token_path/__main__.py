@@ -23,6 +23,8 @@ from benchmarks.token_path.side import Failed, Place, Setup, Side, Wanted, make,
 WARM_OUTPUT = 16
 BUSY = 0.8
 """Share of a core above which a client process may be what is measured."""
+LOG_LINES = 15
+"""Of each log's end that the record keeps of a side that failed."""
 SEEDS = 100_000
 """Prompts that one load may use up."""
 
@@ -79,7 +81,8 @@ class Run:
                     self._check(wanted, side)
                     self._loads(wanted, side, place.mark, turn, seeds)
         except (Failed, LoadError, OSError) as error:
-            self._record.add("failures", {"side": name, "round": turn, "error": str(error)})
+            ends = {log.name: log.read_text(errors="replace").splitlines()[-LOG_LINES:] for log in sorted(logs.glob("*.log"))}
+            self._record.add("failures", {"side": name, "round": turn, "error": str(error), "logs": ends})
             say(f"{name}: {error} (its logs: {logs if self._found.logs else 'not kept, pass --logs DIR'})")
 
     def _check(self, wanted: Wanted, side: Side) -> None:

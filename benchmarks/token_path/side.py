@@ -1,6 +1,5 @@
 """A side of the comparison: what is started, given loads and ended; and the names by which sides are asked for."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -95,7 +94,10 @@ class Side(Protocol):
 
 
 class Place:
-    """A directory for one start of a side, a mark for its processes, and logs. Leaving it ends them all."""
+    """A directory for one start of a side, a mark for its processes, and logs. Leaving it ends them all.
+
+    HOME stays: what one start has compiled, the next finds.
+    """
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
@@ -110,11 +112,8 @@ class Place:
     def environment(self, **more: str) -> dict[str, str]:
         """Of every process of the side."""
         outside = {key: value for key, value in engine_environment().items() if key != "SGLANG_LOGGING_CONFIG_PATH"}
-        root = str(self.root)
-        own = {processes.MARK: self.mark, **processes.KEEP_MARK, "HF_HUB_OFFLINE": "1", "HOME": root, "TMPDIR": root}
-        # A second start shall find what the first has compiled.
-        kept = {key: os.path.expanduser(path) for key, path in CACHES.items() if key not in outside}
-        return {**outside, **own, **kept, **more}
+        own = {processes.MARK: self.mark, **processes.KEEP_MARK, "HF_HUB_OFFLINE": "1", "TMPDIR": str(self.root)}
+        return {**outside, **own, **more}
 
     def __enter__(self) -> Self:
         return self
@@ -122,10 +121,6 @@ class Place:
     def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
         processes.end(self.mark)
         shutil.rmtree(self.root, ignore_errors=True)
-
-
-CACHES = {"TRITON_CACHE_DIR": "~/.triton/cache", "TORCHINDUCTOR_CACHE_DIR": "~/.cache/torchinductor"}
-"""Where compiled kernels are kept, whatever HOME a side has."""
 
 
 def make(wanted: Wanted, setup: Setup, place: Place) -> Side:

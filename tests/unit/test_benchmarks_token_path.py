@@ -376,7 +376,7 @@ def test_a_load_that_fails_ends_its_side_and_the_run_goes_on(
     sides = {"dynamo": FakeSide(["a"] * 8, fails=3), "sgnode": FakeSide(["a"] * 8)}
     code, document, _ = played(monkeypatch, tmp_path, sides, "--agents", "1", "--streams", "1,8")
     assert code == 1
-    assert document["failures"] == [{"side": "dynamo", "round": 0, "error": "3 tokens instead of 4"}]
+    assert document["failures"] == [{"side": "dynamo", "round": 0, "error": "3 tokens instead of 4", "logs": {}}]
     assert [record.label(load) for load in document["loads"]] == ["dynamo", "sgnode x1", "sgnode x1"]
     assert "sgnode x1" in capsys.readouterr().out
 
