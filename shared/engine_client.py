@@ -55,8 +55,8 @@ class Stream:
         self._failure: RequestError | None = None
         self._received = 0
         self.ended = False
-        self.wake: asyncio.Future[None] | None = None
-        """Of the reader, while it has nothing to read."""
+        self.on_ready: Callable[[], None] = lambda: None
+        """Called when there is something to take where there was nothing."""
 
     def abort(self) -> None:
         """Ask the engine to end it; its terminal output still comes."""
@@ -69,26 +69,35 @@ class Stream:
             self.fail(RequestError(Code.GAP, f"tokens {self._received} to {output.offset} of the stream are missing"))
             return
         self._received += len(output.token_ids)
-        self.ended = output.finish is not None
-        self._waiting = output if self._waiting is None else merge(self._waiting, output)
-        self._notify()
+        if output.finish is not None:
+            self.ended = True
+        if self._waiting is None:
+            self._waiting = output
+            self.on_ready()
+        else:
+            merge(self._waiting, output)
 
     def fail(self, error: RequestError) -> None:
         self.ended = True
         self._failure = error
         self._client.forget(self.rid)
-        self._notify()
+        if self._waiting is None:
+            self.on_ready()
+
+    @property
+    def has_news(self) -> bool:
+        """There is something to take."""
+        return self._waiting is not None or self._failure is not None
 
     def take(self) -> Output | None:
         """What has come since the last look, as one output. Raises RequestError after the last of a failed request."""
-        output, self._waiting = self._waiting, None
-        if output is None and self._failure is not None:
-            raise self._failure
+        output = self._waiting
+        if output is None:
+            if self._failure is not None:
+                raise self._failure
+            return None
+        self._waiting = None
         return output
-
-    def _notify(self) -> None:
-        if self.wake is not None and not self.wake.done():
-            self.wake.set_result(None)
 
     async def __aiter__(self) -> AsyncIterator[Output]:
         """Yield outputs until the terminal one. Raises RequestError when the request fails."""
@@ -100,6 +109,14 @@ async def interleaved(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Out
     """Outputs of several streams as they come, each with its stream's index, until all have ended. Raises RequestError."""
     loop = asyncio.get_running_loop()
     left = dict(enumerate(streams))
+    wake = loop.create_future()
+
+    def ready() -> None:
+        if not wake.done():
+            wake.set_result(None)
+
+    for stream in streams:
+        stream.on_ready = ready
     while left:
         idle = True
         for index, stream in list(left.items()):
@@ -111,8 +128,6 @@ async def interleaved(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Out
                 yield index, output
         if idle:
             wake = loop.create_future()
-            for stream in left.values():
-                stream.wake = wake
             await wake
 
 

@@ -18,7 +18,7 @@ def merge(older: Output, newer: Output) -> Output:
     """
     if newer.offset != older.offset + len(older.token_ids):
         raise ValueError(f"tokens {older.offset + len(older.token_ids)} to {newer.offset} are missing")
-    older.token_ids.extend(newer.token_ids)
+    older.token_ids += newer.token_ids
     older.finish = newer.finish
     if newer.text is not None:
         older.text = (older.text or "") + newer.text

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from procs.agent.egress import Egress, Sender
 from procs.agent.failures import abort_exception, exception
 from procs.agent.latency import Latency
 from procs.agent.peers import Peers
@@ -20,10 +22,11 @@ class Handler:
 
     def __init__(self, client: EngineClient, role: Role, refuse: Callable[[], str]) -> None:
         self._client = client
-        self._role = role
+        self.role = role
         self._refuse = refuse
         self._streams: set[Stream] = set()
-        self._handover = role.worker_type in ("Prefill", "Decode")
+        self.handover = role.worker_type in ("Prefill", "Decode")
+        self._egress: Egress | None = None
         self.peers = Peers()
         self.tracing: Tracing | None = None
         self.latency = Latency()
@@ -35,48 +38,51 @@ class Handler:
         self.on_change: Callable[[], None] = lambda: None
         """Called when a request has ended."""
 
-    async def generate(self, request: dict[str, Any], context: Any) -> AsyncIterator[Chunk]:
-        """Dynamo 1.6.1 calls this for each request; the second parameter must be called ``context``."""
+    def generate(self, request: dict[str, Any], context: Any, response_sender: Sender | None = None) -> AsyncIterator[Chunk]:
+        """Dynamo 1.6.1 calls this for each request and finds the last two parameters by their names.
+
+        With a ``response_sender`` the chunks are pushed to it and the generator yields none; Dynamo's own health check has none.
+        """
+        return self._pulled(request, context) if response_sender is None else self._pushed(request, context, response_sender)
+
+    async def _pulled(self, request: dict[str, Any], context: Any) -> AsyncIterator[Chunk]:
+        with self._answering(request, context) as answer:
+            if answer.opening is not None:
+                yield answer.opening
+            async for index, output in interleaved(answer.streams):
+                chunk = answer.chunk(index, output, self.latency.clock())
+                if chunk is not None:
+                    yield chunk
+
+    async def _pushed(self, request: dict[str, Any], context: Any, sender: Sender) -> AsyncIterator[Chunk]:
+        with self._answering(request, context) as answer:
+            if self._egress is None:
+                self._egress = Egress(self.latency.clock)
+            await self._egress.response(sender, answer.streams, answer.chunk).run(answer.opening)
+        return
+        yield  # Dynamo wants a generator
+
+    @contextmanager
+    def _answering(self, request: dict[str, Any], context: Any) -> Iterator["_Answer"]:
+        """A request from its arrival to its end, submitted. What it raises is Dynamo's."""
         self.running += 1
         self.total += 1
-        timing = self.latency.request()
-        streams: list[Stream] = []
-        started = False
-        killed: asyncio.Future[Any] | None = None
+        answer = _Answer(self, context)
         span: RequestSpan | None = None
         try:
             headers = context.trace_headers()
             if self.tracing is not None:
-                span = self.tracing.begin(context.id(), headers, prompt_tokens(request))
+                answer.span = span = self.tracing.begin(context.id(), headers, prompt_tokens(request))
                 headers = span.headers
-            asked, opening = self._submit(request, context, headers, streams)
+            answer.asked, answer.opening = self._submit(request, context, headers, answer.streams)
             if span is not None:
-                span.submitted(streams[0].rid)
-            killed = asyncio.ensure_future(context.async_killed_or_stopped())
-            killed.add_done_callback(lambda done: None if done.cancelled() else _abort(streams, context))
-            if opening is not None:
-                yield opening
-            async for index, output in interleaved(streams):
-                self.peers.release(streams[index])
-                if span is not None:
-                    span.output(output)
-                if killed.done():
-                    continue  # nobody listens; only the terminal outputs are waited for
-                if output.finish is not None and output.finish.get("type") == "abort" and not _is_verdict(output, asked):
-                    raise abort_exception(output.finish, started=started, handover=self._handover)
-                chunk = self._role.to_dynamo(output, index, asked)
-                timing.chunk(index, len(output.token_ids))
-                if not started:
-                    started = True
-                    context.notify_first_token()
-                if chunk is not None:
-                    if self.on_chunk is not None:
-                        self.on_chunk(chunk)
-                    yield chunk
+                span.submitted(answer.streams[0].rid)
+            answer.listen_for_its_end()
+            yield answer
         except RequestError as error:
             if span is not None:
                 span.failed(error)
-            raise exception(error, started=started) from None  # Dynamo logs the whole chain
+            raise exception(error, started=answer.started) from None  # Dynamo logs the whole chain
         except BaseException as error:
             if span is not None:
                 span.failed(error)
@@ -84,12 +90,11 @@ class Handler:
         finally:
             if span is not None:
                 span.end()
-            if killed is not None:
-                killed.cancel()
-            for stream in streams:
+            answer.close()
+            for stream in answer.streams:
                 stream.abort()
                 self.peers.release(stream)
-            self._streams.difference_update(streams)
+            self._streams.difference_update(answer.streams)
             self.running -= 1
             self.on_change()
 
@@ -111,8 +116,8 @@ class Handler:
             raise RequestError(Code.INVALID, "invalid request: expected an object")
         asked = Asked(request, facts, context_id, headers or None if facts.traces else None)
         try:
-            payloads = self._role.to_engine(asked)
-            opening = self._role.opening(asked, payloads[0])
+            payloads = self.role.to_engine(asked)
+            opening = self.role.opening(asked, payloads[0])
         except RequestError:
             raise
         except Exception as error:  # a defect of ours must not look like anything else
@@ -133,8 +138,13 @@ class Handler:
         where = payload.get("fields", payload)
         host, port = where.get("bootstrap_host"), where.get("bootstrap_port")
         welcome = self._client.welcome
-        if self._role.worker_type == "Decode" and host and port and welcome and host != welcome.facts.fake_bootstrap_host:
+        if self.role.worker_type == "Decode" and host and port and welcome and host != welcome.facts.fake_bootstrap_host:
             self.peers.hold(host, port, stream)
+
+    def close(self) -> None:
+        """The thread that sends ends, after what it has."""
+        if self._egress is not None:
+            self._egress.close()
 
     def cut(self) -> None:
         """The drain deadline: what still runs ends with the migratable error."""
@@ -144,13 +154,64 @@ class Handler:
                 stream.fail(RequestError(Code.ENGINE_DEAD, "the node is stopping"))
 
 
-def _is_verdict(output: Output, asked: Asked) -> bool:
+class _Answer:
+    """One request's outputs on their way to chunks."""
+
+    asked: Asked
+    opening: Chunk | None
+
+    def __init__(self, handler: Handler, context: Any) -> None:
+        self._handler = handler
+        self._context = context
+        self._to_dynamo = handler.role.to_dynamo
+        self._on_chunk = handler.on_chunk
+        self._timing = handler.latency.request()
+        self._killed: asyncio.Future[Any] | None = None
+        self._nobody_listens = False
+        self.streams: list[Stream] = []
+        self.span: RequestSpan | None = None
+        self.started = False
+
+    def listen_for_its_end(self) -> None:
+        """From now on a client that goes aborts it."""
+        self._killed = asyncio.ensure_future(self._context.async_killed_or_stopped())
+        self._killed.add_done_callback(self._client_gone)
+
+    def close(self) -> None:
+        if self._killed is not None:
+            self._killed.cancel()
+
+    def _client_gone(self, killed: asyncio.Future[Any]) -> None:
+        if killed.cancelled():
+            return
+        self._nobody_listens = True  # only the terminal outputs are waited for
+        context_id = self._context.id()
+        logging.info("Aborted Request ID: %s", context_id, extra={"request_id": context_id})
+        for stream in self.streams:
+            stream.abort()
+
+    def chunk(self, index: int, output: Output, now: float) -> Chunk | None:
+        """What the client gets of it. Raises what ends the request."""
+        handler = self._handler
+        if not output.offset:
+            handler.peers.release(self.streams[index])
+        if self.span is not None:
+            self.span.output(output)
+        if self._nobody_listens:
+            return None
+        finish = output.finish
+        if finish is not None and finish.get("type") == "abort" and not _is_verdict(finish, self.asked):
+            raise abort_exception(finish, started=self.started, handover=handler.handover)
+        chunk = self._to_dynamo(output, index, self.asked)
+        self._timing.chunk(index, len(output.token_ids), now)
+        if not self.started:
+            self.started = True
+            self._context.notify_first_token()
+        if chunk is not None and self._on_chunk is not None:
+            self._on_chunk(chunk)
+        return chunk
+
+
+def _is_verdict(finish: dict[str, Any], asked: Asked) -> bool:
     """SGLang's own word on an engine-native request, which has its own form in the answer."""
-    return "native" in asked.kept and (output.finish or {}).get("status_code") is not None
-
-
-def _abort(streams: list[Stream], context: Any) -> None:
-    """The client has gone."""
-    logging.info("Aborted Request ID: %s", context.id(), extra={"request_id": context.id()})
-    for stream in streams:
-        stream.abort()
+    return "native" in asked.kept and finish.get("status_code") is not None

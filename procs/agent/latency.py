@@ -120,12 +120,11 @@ class Timing:
         self._last: dict[int, float] = {}
         """When each sample's newest token came."""
 
-    def chunk(self, index: int, tokens: int) -> None:
+    def chunk(self, index: int, tokens: int, now: float) -> None:
         """New tokens of a sample. Several at once count as evenly spaced since its last chunk (dynamo.frontend 1.6.1)."""
         if not tokens:
             return
         latency, last = self._latency, self._last
-        now = latency.clock()
         before = last.get(index)
         if before is not None:
             latency.itl.add((now - before) / tokens, tokens)

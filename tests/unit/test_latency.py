@@ -60,7 +60,7 @@ def test_a_chunk_of_several_tokens_is_that_many_even_gaps_and_samples_have_gaps_
     timing = latency.request()
     for later, index, tokens in ((0.2, 0, 3), (0.1, 1, 1), (0.1, 0, 4), (0.3, 1, 1), (1.0, 0, 0)):
         clock.now += later
-        timing.chunk(index, tokens)
+        timing.chunk(index, tokens, clock())
     registry = CollectorRegistry()
     latency.model = "m"
     registry.register(latency)
@@ -85,12 +85,13 @@ def test_a_duration_on_a_bucket_is_inside_it() -> None:
 
 
 def test_a_chunk_costs_next_to_nothing() -> None:
-    timing = Latency().request()
+    latency = Latency()
+    timing = latency.request()
     best = 1.0
     for _ in range(5):
         began = time.perf_counter()
         for _ in range(10_000):
-            timing.chunk(0, 1)
+            timing.chunk(0, 1, latency.clock())
         best = min(best, (time.perf_counter() - began) / 10_000)
     print(f"{best * 1e9:.0f} ns a chunk")
     assert best < 5e-6  # ten times what it takes
