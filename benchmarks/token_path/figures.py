@@ -1,5 +1,6 @@
 """The arithmetic: what the requests of one load say, as plain numbers. Times in milliseconds, rates a second."""
 
+from array import array
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,16 +25,21 @@ def steady(requests: Sequence[Request]) -> tuple[float, float] | None:
 
 
 def tokens_within(request: Request, begin: float, end: float) -> float:
-    """A request's tokens between two times: by its arrivals, evenly, or by its duration where those were not seen."""
-    if request.ended <= begin or request.began >= end:
-        return 0.0
-    if request.began > begin and request.ended <= end:
-        return request.tokens
-    if request.arrivals:
-        inside = bisect_right(request.arrivals, end) - bisect_right(request.arrivals, begin)
-        return request.tokens * inside / len(request.arrivals)
-    inside_s = min(request.ended, end) - max(request.began, begin)
-    return request.tokens * inside_s / (request.ended - request.began)
+    """A request's tokens between two times: as many an arrival, each spread over the gap before it.
+
+    Without that, streams in step which end just after the window would lose an arrival each, and it may be of many tokens.
+    """
+    arrivals = request.arrivals or array("d", [request.ended])
+
+    def passed(at: float) -> float:
+        """Arrivals so far, with the part of the gap that has passed."""
+        whole = bisect_right(arrivals, at)
+        if whole == len(arrivals) or at <= request.began:
+            return whole
+        last = arrivals[whole - 1] if whole else request.began
+        return whole + (at - last) / (arrivals[whole] - last)
+
+    return request.tokens * (passed(end) - passed(begin)) / len(arrivals)
 
 
 def spread(name: str, seconds: np.ndarray) -> Figures:

@@ -44,12 +44,13 @@ def test_the_steady_window_begins_when_all_have_ended_one_and_ends_when_the_firs
     assert steady(streams[:2]) is None
 
 
-def test_tokens_at_the_edges_of_the_window_count_by_their_arrivals_or_by_time() -> None:
+def test_tokens_at_the_edges_of_the_window_count_by_the_gap_before_them() -> None:
     assert tokens_within(request(0, 0, 1, 2, 3, 4), 2, 9) == 2
-    assert tokens_within(request(0, 0, 1, 2, tokens=10), 1.5, 9) == 5
+    assert tokens_within(request(0, 0, 1, 2, tokens=10), 1.5, 9) == 2.5
     assert tokens_within(request(0, 0, tokens=8, ended=4), 1, 3) == 4
     assert tokens_within(request(0, 1, 2), 2, 3) == 0
     assert tokens_within(request(0, 1, 2, 3), 0, 3) == 2
+    assert tokens_within(request(0, 0, 1, 3, tokens=40), 0, 2.99) == pytest.approx(40, abs=0.2)
 
 
 def test_figures_of_two_streams() -> None:
@@ -59,7 +60,7 @@ def test_figures_of_two_streams() -> None:
     assert (found["requests"], found["tokens"], found["seconds"]) == (4, 8, 0.8)
     assert found["tokens_per_s_whole"] == 10.0
     assert found["window_s"] == pytest.approx(0.2)
-    assert found["tokens_per_s"] == pytest.approx(2 / 0.2)  # at 0.5 and 0.6
+    assert found["tokens_per_s"] == pytest.approx(10.0)  # two thirds of one gap; a whole one and a third
     assert found["requests_per_s"] == 5.0
     assert (found["ttft_p50"], found["ttft_p99"]) == (100.0, 200.0)
     assert found["itl_p50"] == found["itl_p99"] == 300.0
