@@ -126,6 +126,9 @@ class SglangBackend:
             await warmup_prefill_engine(self._engine, self._server_args.disaggregation_bootstrap_port)
         if self.facts.max_loras is not None:
             await self._routes.reload()
+        if hasattr(self._manager, "freeze_gc"):
+            # What is loaded stays: the garbage collector of none of SGLang's processes needs to look at it while tokens wait.
+            await self._manager.freeze_gc()
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
