@@ -207,7 +207,11 @@ def test_status_has_the_keys_of_the_design_and_every_process_its_memory(node: No
         assert row.keys() >= ROW_KEYS
         assert row["rss_mb"] > 5 and row["pid"] > 0
     print({name: row["rss_mb"] for name, row in rows.items()})
-    assert node.sgnode("status").returncode == 0
+    logged = ["imports", "children", "init", "weights", "kv_cache"]
+    startup = document["startup"]
+    assert startup["done"] and list(startup["phases"]) == ["check", "processes", "keeper", *logged, "warm_up", "registered"]
+    table = node.sgnode("status")
+    assert table.returncode == 0 and f"start-up: {startup['seconds']:.1f} s = check" in table.stdout
 
 
 IMPORTED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\S+)$", re.MULTILINE)
@@ -218,7 +222,7 @@ def test_side_processes_import_what_the_design_allows(node: Node) -> None:
     forbidden = {"sglang", "torch", "transformers"}
     for process, more in {
         "agent-0": set(),
-        "relay": {"pickle5"},
+        "relay": {"pickle5", "aiohttp"},
         "prober": {"dynamo"},
         "coordinator": set(),
     }.items():

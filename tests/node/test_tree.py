@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import requests
@@ -23,6 +24,13 @@ def complete(node: Node, tokens: int = 20) -> int:
     return int(answer.json()["usage"]["completion_tokens"])
 
 
+def timeline(node: Node) -> dict[str, Any]:
+    """The start-up that status shows, once all of it was heard: an engine may be ready before its keeper's second beat."""
+    wait_for("all phases", lambda: {"keeper", "registered"} <= node.status()["startup"]["phases"].keys(), 5)
+    found: dict[str, Any] = node.status()["startup"]
+    return found
+
+
 def files_left(node: Node) -> list[Path]:
     everything = [p.relative_to(node.runtime_dir) for p in node.runtime_dir.rglob("*") if not p.is_dir()]
     return [path for path in everything if path.parts[0] != "log"]
@@ -31,8 +39,10 @@ def files_left(node: Node) -> list[Path]:
 def test_a_node_starts_serves_and_stops_without_a_trace(make_node: Make) -> None:
     node = make_node().start().wait_ready(40)
     assert complete(node) == 20
-    table = node.sgnode("status")
+    startup, table = timeline(node), node.sgnode("status")
     assert table.returncode == 0 and "agent:0" in table.stdout and "ready" in table.stdout
+    assert list(startup["phases"]) == ["check", "processes", "keeper", "load", "warm_up", "registered"]
+    assert startup["done"] and startup["current"] is None and f"start-up: {startup['seconds']:.1f} s = check" in table.stdout
     assert "agent:0" in node.sgnode("ctl", "status").stdout
     stopped = node.sgnode("stop")
     assert stopped.returncode == 0, stopped.stderr
@@ -45,7 +55,9 @@ def test_a_node_starts_serves_and_stops_without_a_trace(make_node: Make) -> None
 def test_sigterm_while_loading_stops_at_once(make_node: Make) -> None:
     node = make_node(dials="load_seconds=60").start()
     wait_for("loading", lambda: node.status().get("state") == "loading", 20)
-    assert node.sgnode("status").returncode == 4
+    table = node.sgnode("status")
+    assert table.returncode == 4 and " s so far = check" in table.stdout
+    assert node.status()["startup"]["current"] == "load" and ", load for " in table.stdout
     asked = time.monotonic()
     node.terminate()
     assert node.wait_stopped(15) == 0
@@ -80,11 +92,13 @@ def test_a_dead_scheduler_ends_the_engine_and_the_node_comes_back(make_node: Mak
     node.wait_ready(40)
     assert complete(node) == 20
     assert node.process_row("agent:0")["restarts"] == 0
+    startup = timeline(node)
+    assert startup["incarnation"] == 2 and list(startup["phases"]) == ["keeper", "load", "warm_up", "registered"]
 
 
 def test_side_processes_die_and_return_without_the_engine_noticing(make_node: Make) -> None:
     node = make_node().start().wait_ready(40)
-    engine = node.pid("engine")
+    engine, startup = node.pid("engine"), timeline(node)
     for name in ("relay", "prober", "coordinator", "agent:0"):
         old = node.pid(name)
         os.kill(old, signal.SIGKILL)
@@ -93,6 +107,7 @@ def test_side_processes_die_and_return_without_the_engine_noticing(make_node: Ma
         node.wait_ready(40)
         assert node.pid("engine") == engine
     wait_for("serving again", lambda: _serves(node), 20)
+    assert node.status()["startup"] == startup, "a new coordinator goes on with it"
 
 
 def _serves(node: Node) -> bool:
