@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import Any
 
 from rich.text import Text
@@ -82,7 +83,9 @@ def picture(
         Text(f"  {line}", "dim")
         for line in _packed([fact for fact in table.fact_words(document) if "in flight" not in fact], width)
     ]
-    top += [Text(line, "dim") for line in table.startup_lines(document, now)]
+    if (document.get("startup") or {}).get("current"):
+        for line in table.startup_lines(document, now):
+            top += [Text(part) for part in wrap(line, width, subsequent_indent="    ")]
     top += [Text(), *_progress(document, width, glyphs, now), *_load(document, seen, width, glyphs)]
     crash = [Text(line, "red") for line in table.crash_lines(document, now)]
     rows = [table.cells(_with_streams(process)) for process in document.get("processes", ())]

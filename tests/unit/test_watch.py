@@ -169,3 +169,14 @@ def test_the_asker_says_since_when_it_waits_and_goes_on(monkeypatch: pytest.Monk
     assert not asker.answers
     hangs.set()
     assert news.wait(5) and asker.answers.popleft().document == {"state": "ready"}
+
+
+def test_a_start_up_is_shown_while_it_goes_on() -> None:
+    going = {"incarnation": 1, "begun": NOW - 30, "done": False, "seconds": 25.0, "current": "weights", "since": NOW - 5}
+    phases = {"check": 4.7, "processes": 0.4, "keeper": 0.3, "imports": 9.6, "children": 9.0, "init": 1.0}
+    lines = shown(document(state="loading", startup={**going, "phases": phases}))
+    assert "  start-up: 30.0 s so far = check 4.7, processes 0.4, keeper 0.3, imports 9.6," in lines
+    assert "    SGLang's processes 9.0, init 1.0, weights for 5.0 so far" in lines
+    assert not any(
+        "start-up" in line for line in shown(document(startup={**going, "done": True, "current": None, "phases": phases}))
+    )
