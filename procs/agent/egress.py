@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from shared.engine_client import Stream
@@ -75,7 +76,13 @@ class Response:
             raise self.error
 
     def ready(self, source: "_Source | _Opening") -> None:
-        (self.pump or self._egress.pump).ready(source)
+        """It waits for its turn."""
+        pump = self.pump or self._egress.pump
+        pump.waiting.append(source)
+        if not pump.scheduled:
+            # After this turn of the loop: of several steps that are read in it, a stream makes one chunk.
+            pump.scheduled = True
+            pump.loop.call_soon(pump.flush)
 
     def ended(self) -> None:
         """All of it is in the channel."""
@@ -116,16 +123,14 @@ class _Opening:
 class _Source:
     """One sample of a response."""
 
-    __slots__ = ("_index", "_stream", "response")
+    __slots__ = ("_index", "_stream", "ready", "response")
 
     def __init__(self, response: Response, index: int, stream: Stream) -> None:
         self.response = response
         self._index = index
         self._stream = stream
-
-    def ready(self) -> None:
-        """Its stream has something, where it had nothing."""
-        self.response.ready(self)
+        self.ready = partial(response.ready, self)
+        """Called when its stream has something where it had nothing."""
 
     def collect(self, now: float, batch: _Batch) -> None:
         """What has come since the last time, as one chunk."""
@@ -157,9 +162,9 @@ class _Pump:
 
     def __init__(self, egress: "Egress") -> None:
         self._egress = egress
-        self._loop = asyncio.get_running_loop()
-        self._ready: list[_Source | _Opening] = []
-        self._scheduled = self._busy = self._again = False
+        self.loop = asyncio.get_running_loop()
+        self.waiting: list[_Source | _Opening] = []
+        self.scheduled = self._busy = self._again = False
         self._watching = False
         self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -169,23 +174,17 @@ class _Pump:
         self._sent = 0
         threading.Thread(target=self._run, name="egress", daemon=True).start()
 
-    def ready(self, source: _Source | _Opening) -> None:
-        self._ready.append(source)
-        if not self._scheduled:
-            # After this turn of the loop: of several steps that are read in it, a stream makes one chunk.
-            self._scheduled = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._scheduled = False
+    def flush(self) -> None:
+        """Give the thread what waits, unless it has something."""
+        self.scheduled = False
         self._again = True  # before the look at _busy, as the thread looks after it has changed that
         if self._busy:
             return
         self._again = False
-        ready, self._ready = self._ready, []
+        waiting, self.waiting = self.waiting, []
         batch: _Batch = deque()
         now = self._egress.clock()
-        for source in ready:
+        for source in waiting:
             source.collect(now, batch)
         if batch:
             self._give(batch)
@@ -195,7 +194,7 @@ class _Pump:
         self._queue.put(batch)
         if not self._watching and self._egress.pump is self:
             self._watching = True
-            self._loop.call_later(self._egress.patience, self._look, self._sent)
+            self.loop.call_later(self._egress.patience, self._look, self._sent)
 
     def _look(self, sent: int) -> None:
         """Is it stuck?"""
@@ -206,7 +205,7 @@ class _Pump:
             egress.patience = max(egress.patience / 4, LEAST_PATIENCE_SECONDS)
         else:
             egress.patience = min(egress.patience * 2, PATIENCE_SECONDS)
-            self._loop.call_later(egress.patience, self._look, self._sent)
+            self.loop.call_later(egress.patience, self._look, self._sent)
 
     def _give_way(self) -> bool:
         """Keep the response that it is stuck on, and leave the others to a new thread."""
@@ -218,8 +217,8 @@ class _Pump:
             other = self._egress.pump = _Pump(self._egress)
             others = deque(item for item in self._batch if item[0] is not stuck)
             self._batch = deque(item for item in self._batch if item[0] is stuck)
-        other._ready = [source for source in self._ready if source.response is not stuck]
-        self._ready = [source for source in self._ready if source.response is stuck]
+        other.waiting = [source for source in self.waiting if source.response is not stuck]
+        self.waiting = [source for source in self.waiting if source.response is stuck]
         other._again = True
         other._give(others)
         return True
@@ -229,7 +228,7 @@ class _Pump:
         self._queue.put(None)
 
     def _run(self) -> None:
-        tell = self._loop.call_soon_threadsafe
+        tell = self.loop.call_soon_threadsafe
         while (batch := self._queue.get()) is not None:
             self._batch = batch
             while True:
@@ -251,7 +250,7 @@ class _Pump:
                     tell(response.broken, error)
             self._busy = False
             if self._again:
-                tell(self._flush)
+                tell(self.flush)
 
 
 class Egress:
