@@ -23,5 +23,6 @@ def resume_collector() -> None:
 
 if __name__ == "__mp_main__":
     gc.disable()
-    # Called between what the target's module imports and the target; as it is, it does nothing.
-    context.SpawnProcess._after_fork = staticmethod(resume_collector)  # type: ignore[attr-defined]
+    # Called between what the target's module imports and the target; as they are, they do nothing.
+    for kind in (context.SpawnProcess, context.ForkServerProcess):
+        kind._after_fork = staticmethod(resume_collector)  # type: ignore[attr-defined]
