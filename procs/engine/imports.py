@@ -25,4 +25,4 @@ if __name__ == "__mp_main__":
     gc.disable()
     # Called between what the target's module imports and the target; as they are, they do nothing.
     for kind in (context.SpawnProcess, context.ForkServerProcess):
-        kind._after_fork = staticmethod(resume_collector)  # type: ignore[attr-defined]
+        setattr(kind, "_after_fork", staticmethod(resume_collector))  # noqa: B010 (typeshed doesn't know it)
