@@ -18,7 +18,7 @@ from benchmarks.token_path.clients import LoadError
 from benchmarks.token_path.load import Load
 from benchmarks.token_path.measure import measure
 from benchmarks.token_path.record import Record, label
-from benchmarks.token_path.side import Failed, Place, Setup, Side, Wanted, make, together
+from benchmarks.token_path.side import ALONE, Failed, Place, Setup, Side, Wanted, make, together
 
 WARM_OUTPUT = 16
 BUSY = 0.8
@@ -121,7 +121,7 @@ def line(entry: dict[str, Any]) -> str:
     text = f"{label(entry)}, {entry['load']}: {table.number(entry['tokens_per_s'])} tok/s"
     if entry["itl_p50"] is not None:
         text += f", TTFT p50 {table.number(entry['ttft_p50'])} ms, ITL p50 {table.number(entry['itl_p50'])} ms"
-    if entry["clients_busiest"] > BUSY and entry["side"].partition("/")[0] not in ("raw", "ceiling"):
+    if entry["clients_busiest"] > BUSY and entry["side"].partition("/")[0] not in ALONE:
         text += f"; WARNING: a client process used {entry['clients_busiest']:.0%} of a core, pass more --clients"
     return text
 

@@ -13,7 +13,9 @@ from benchmarks.token_path.drive import Done
 from benchmarks.token_path.load import Load
 from procs.cli.serve import engine_environment
 
-KINDS = ("raw", "ceiling", "dynamo", "sgnode", "synthetic")
+KINDS = ("raw", "ceiling", "scheduler", "dynamo", "sgnode", "synthetic")
+ALONE = ("raw", "ceiling", "scheduler")
+"""One process with ``sgl.Engine``, which can be any of them."""
 MODEL = "token-path"
 """The name under which every side serves the model."""
 START_SECONDS = 300.0
@@ -41,11 +43,11 @@ class Wanted:
 
 
 def together(sides: list[Wanted]) -> list[list[Wanted]]:
-    """The sides by start: ``raw`` and ``ceiling`` next to each other share one engine."""
+    """The sides by start: of ``ALONE`` those next to each other share one engine."""
     starts: list[list[Wanted]] = []
     for wanted in sides:
         last = starts[-1][-1] if starts else None
-        if last and {last.kind, wanted.kind} == {"raw", "ceiling"} and last.interval == wanted.interval:
+        if last and {last.kind, wanted.kind} <= set(ALONE) and last.interval == wanted.interval:
             starts[-1].append(wanted)
         else:
             starts.append([wanted])
@@ -130,7 +132,7 @@ def make(wanted: Wanted, setup: Setup, place: Place) -> Side:
     from benchmarks.token_path.node_side import NodeSide
 
     match wanted.kind:
-        case "raw" | "ceiling":
+        case kind if kind in ALONE:
             return EngineSide(wanted, setup, place)
         case "dynamo":
             return DynamoSide(wanted, setup, place)
