@@ -1,4 +1,4 @@
-"""The sides ``raw``, ``ceiling`` and ``scheduler`` from outside: benchmarks.token_path.engine in one process, told which it is."""
+"""The sides of ``side.ALONE`` from outside: benchmarks.token_path.engine in one process, told which it is."""
 
 import multiprocessing
 import subprocess

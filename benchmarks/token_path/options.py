@@ -12,9 +12,10 @@ from benchmarks.token_path.side import Wanted
 from procs.cli.serve import CPU_DEFAULTS, has_gpu
 
 DESCRIPTION = "Tokens per second, TTFT, ITL, CPU and memory of sides that serve one model, under the same loads, in turns."
+SIDES = "raw,ceiling,scheduler,dynamo,dynamo/20,sgnode,sgnode/20"
 EPILOG = """\
-sides: raw (sgl.Engine alone), ceiling (its schedulers, nothing done for a token), scheduler (nothing streamed at all), dynamo (dynamo.frontend and dynamo.sglang),
-sgnode (a node with its frontend), synthetic (a node with an engine of dialled steps). KIND/K: with --stream-interval K.
+sides: raw (sgl.Engine alone), ceiling (its schedulers, nothing done for a token), scheduler (nothing streamed), dynamo (dynamo.frontend and
+dynamo.sglang), sgnode (a node with its frontend), synthetic (a node with an engine of dialled steps). KIND/K: with --stream-interval K.
 After -- come SGLang's flags, the same for all sides."""
 
 
@@ -77,12 +78,7 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     add = made.add_argument
-    add(
-        "--sides",
-        type=_listed(Wanted.parse),
-        default="raw,ceiling,scheduler,dynamo,dynamo/20,sgnode,sgnode/20",
-        metavar="SIDE,...",
-    )
+    add("--sides", type=_listed(Wanted.parse), default=SIDES, metavar="SIDE,...", help="in this order (%(default)s)")
     add("--agents", type=_listed(_count), default="4,2,1", metavar="N,...", help="a node's agents, the most first (%(default)s)")
     add("--streams", type=_listed(_count), default="1,8,32", metavar="N,...", help="closed loops: streams at once (%(default)s)")
     add("--requests", type=_whole, default=4, help="of each stream, one after another (%(default)s)")
