@@ -14,8 +14,9 @@ from procs.cli.serve import CPU_DEFAULTS, has_gpu
 DESCRIPTION = "Tokens per second, TTFT, ITL, CPU and memory of sides that serve one model, under the same loads, in turns."
 SIDES = "raw,ceiling,scheduler,dynamo,dynamo/20,sgnode,sgnode/20"
 EPILOG = """\
-sides: raw (sgl.Engine alone), ceiling (its schedulers, nothing done for a token), scheduler (nothing streamed), dynamo (dynamo.frontend and
-dynamo.sglang), sgnode (a node with its frontend), synthetic (a node with an engine of dialled steps). KIND/K: with --stream-interval K.
+sides: raw (sgl.Engine alone), ceiling (its schedulers, nothing done for a token), scheduler (nothing streamed),
+dynamo (dynamo.frontend and dynamo.sglang), sgnode (a node with its frontend), synthetic (a node with an engine of dialled
+steps). KIND/K: with --stream-interval K.
 After -- come SGLang's flags, the same for all sides."""
 
 
