@@ -57,6 +57,12 @@ def state(pid: int) -> str:
     return fields[0] if fields else ""
 
 
+def turns(pid: int) -> int:
+    """How often its main thread has got and given back a core so far; 0 when there is no such process."""
+    lines = _read(pid, "status").splitlines()
+    return sum(int(line.split()[1]) for line in lines if "voluntary_ctxt_switches" in line)
+
+
 def title(pid: int) -> str:
     """What the process calls itself; of a zombie only its first 15 bytes are left."""
     return _read(pid, "cmdline").replace("\0", " ").strip() or _read(pid, "comm").strip()
