@@ -98,7 +98,7 @@ class Run:
         # Compiles what has to be compiled, and opens every connection.
         widest = max(loads, key=lambda load: load.streams)
         side.run(replace(widest, requests=1, output=WARM_OUTPUT, rate=0.0, seed=next(seeds)), lambda: None)
-        for agents in self._found.agents if wanted.kind in ("sgnode", "synthetic") else [0]:
+        for agents in self._agents(wanted):
             side.scale(agents)
             for repeat in range(self._found.repeats):
                 for load in loads:
@@ -106,6 +106,13 @@ class Run:
                     entry = {**about, **measure(side, mark, replace(load, seed=next(seeds)))}
                     self._record.add("loads", entry)
                     say(line(entry))
+
+    def _agents(self, wanted: Wanted) -> list[int]:
+        """Scaled down only where every token comes by itself."""
+        if wanted.kind not in ("sgnode", "synthetic"):
+            return [0]
+        most_first: list[int] = self._found.agents
+        return most_first if wanted.interval == 1 else most_first[:1]
 
     def _asked(self) -> Iterator[Load]:
         found = self._found

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from benchmarks.token_path.load import Load, Request, prompt
 
 ARRIVALS_SEED = 7
+LEAST = 2
+"""Requests of a stream that are sent however long they take: steady is between the end of the first and of the last."""
 
 
 class Source(Protocol):
@@ -75,7 +77,7 @@ class Part:
     async def _stream(self, stream: int, jobs: Sequence[Any], start: float) -> None:
         await asyncio.sleep(max(0.0, start + self._at[stream] - time.monotonic()))
         for number, job in enumerate(jobs):
-            if number and time.monotonic() > start + self._load.at_most:
+            if number >= LEAST and time.monotonic() > start + self._load.at_most:
                 return
             request = Request(stream, time.monotonic())
             await self._source.run(job, request)

@@ -80,12 +80,18 @@ def parser() -> Parser:
     )
     add = made.add_argument
     add("--sides", type=_listed(Wanted.parse), default=SIDES, metavar="SIDE,...", help="in this order (%(default)s)")
-    add("--agents", type=_listed(_count), default="4,2,1", metavar="N,...", help="a node's agents, the most first (%(default)s)")
+    add(
+        "--agents",
+        type=_listed(_count),
+        default="4,2,1",
+        metavar="N,...",
+        help="of a node; with /K the most only (%(default)s)",
+    )
     add("--streams", type=_listed(_count), default="1,8,32", metavar="N,...", help="closed loops: streams at once (%(default)s)")
     add("--requests", type=_whole, default=4, help="of each stream, one after another (%(default)s)")
     add("--open-rate", type=_listed(_amount), default=[], metavar="R,...", help="open loops: requests a second")
     add("--open-seconds", type=_positive, default=10.0, help="how long an open loop sends (%(default)g)")
-    add("--at-most", type=_positive, default=60.0, help="seconds after which no stream sends again (%(default)g)")
+    add("--at-most", type=_positive, default=60.0, help="seconds after which a stream sends no third request (%(default)g)")
     add("--rounds", type=_whole, default=3, help="starts of every side, in turns (%(default)s)")
     add("--repeats", type=_whole, default=1, help="of each load in a round (%(default)s)")
     add("--input", type=_whole, default=256, help="tokens of a prompt (%(default)s)")

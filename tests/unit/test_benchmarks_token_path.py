@@ -135,10 +135,10 @@ def test_a_stream_without_all_its_tokens_fails_the_load() -> None:
         asyncio.run(Part(LOAD, 0, 1, Fake(tokens=3)).run(time.monotonic()))
 
 
-def test_nothing_is_sent_when_the_time_is_over() -> None:
-    part = Part(Load(**{**vars(LOAD), "at_most": 1.0}), 0, 1, Fake())
+def test_no_third_request_is_sent_when_the_time_is_over() -> None:
+    part = Part(Load(**{**vars(LOAD), "at_most": 1.0, "requests": 4}), 0, 1, Fake())
     asyncio.run(part.run(time.monotonic() - 2))
-    assert len(part.done) == 3  # the first of each stream
+    assert len(part.done) == 6  # two of each stream
 
 
 def test_an_open_loop_has_the_same_times_for_all_and_shares_them_out() -> None:
