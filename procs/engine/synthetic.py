@@ -192,19 +192,20 @@ class SyntheticBackend:
                 await asyncio.sleep(dials.step_seconds)
                 continue
             self._outputs += 1
-            for rid in list(self._requests)[: dials.max_running_requests]:
-                self._step(rid, self._requests[rid])
+            running = list(self._requests)[: dials.max_running_requests]
+            self._sink.step([row for rid in running if (row := self._step(rid, self._requests[rid]))])
             if began >= next_report:
                 next_report = began + 1.0
                 self._report()
             await asyncio.sleep(max(0.0, dials.step_seconds - (time.monotonic() - began)))
 
-    def _step(self, rid: str, request: _Request) -> None:
+    def _step(self, rid: str, request: _Request) -> tuple[str, list[int]] | None:
+        """The request's new tokens; None when they have gone to the sink with more than that."""
         assert self._sink is not None
         if request.aborted:
             del self._requests[rid]
             self._sink.output(rid, [], {"type": "abort", "message": "Aborted"}, self._meta(request))
-            return
+            return None
         count = min(self._dials.tokens_per_step, request.left)
         tokens = [token_at(request.first, request.position + i, self._dials.vocab_size) for i in range(count)]
         first = request.done == 0
@@ -213,11 +214,14 @@ class SyntheticBackend:
         request.done += count
         if self._broken("lost"):
             request.left += count  # the stream goes on when they come through again, with a hole that nobody is told of
-            return
+            return None
         finish = {"type": "length", "length": request.done} if request.left == 0 else None
         if finish is not None:
             del self._requests[rid]
-        self._sink.output(rid, tokens, finish, self._meta(request) if first or finish else None)
+        if not first and finish is None:
+            return rid, tokens
+        self._sink.output(rid, tokens, finish, self._meta(request))
+        return None
 
     @staticmethod
     def _meta(request: _Request) -> dict[str, Any]:
