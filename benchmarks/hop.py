@@ -1,4 +1,4 @@
-"""What the hop between SGLang and Dynamo costs: CPU per token on its engine side and on its agent side, two processes, one token a step.
+"""What the hop between SGLang and Dynamo costs: CPU per token of its engine side and its agent side, one token a step and stream.
 
 usage: python -m benchmarks.hop [--streams 256] [--step 0.004] [--seconds 5] [--rounds 3]
 Engine side: ``Sink.step`` to the socket. Agent side: socket to ``ResponseSender.send``, which does nothing here; ``pull``: to the
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    print(f"{'':>5} {'engine us/token':>22} {'agent us/token':>22} {'tokens/chunk':>13} {'tokens/s':>9} {'per core of an agent':>21}")
+    print(f"{'':>5} {'engine us/token':>22} {'agent us/token':>22} {'tokens/chunk':>13} {'tokens/s':>9} {'per agent core':>15}")
     rows: dict[str, list[tuple[float, float, float, float]]] = {"push": [], "pull": []}
     for _ in range(options.rounds):
         for way, results in rows.items():
@@ -160,7 +160,7 @@ def main() -> None:
     for way, results in rows.items():
         engine, agent, merged, rate = (sorted(column) for column in zip(*results, strict=True))
         cells = [f"{median(c):.2f} [{c[0]:.2f}, {c[-1]:.2f}]".rjust(22) for c in (engine, agent)]
-        print(f"{way:>5} {' '.join(cells)} {median(merged):13.2f} {median(rate):9.0f} {1e6 / median(agent):21.0f}")
+        print(f"{way:>5} {' '.join(cells)} {median(merged):13.2f} {median(rate):9.0f} {1e6 / median(agent):15.0f}")
 
 
 if __name__ == "__main__":
