@@ -17,8 +17,10 @@ ENGINE = (
     "MKL_*", "KMP_*", "HF_*", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_*", "TOKENIZERS_*", "MC_*", "MOONCAKE_*", "UCX_*", "NIXL_*",
     "NVSHMEM_*", "AWS_*", "GOOGLE_*", "AZURE_*", "RUNAI_*", "DYN_*", "MODEL_EXPRESS_*", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
     "http_proxy", "https_proxy", "no_proxy", "PROMETHEUS_*", "OTEL_*", "GPU_*", "HIP_*", "ROCR_*", "FAILOVER_*", "ENGINE_ID",
+    "CC", "CXX", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "NVCC_*", "MAX_JOBS", "LLVM_*", "MLIR_*",
+    "TVM_*", "DG_*", "TILELANG_*", "CUTE_*", "CUTLASS_*", "XGRAMMAR_*",
 )  # fmt: skip
-"""The engine and its keeper: accelerator libraries, model stores and their credentials."""
+"""The engine and its keeper: accelerator libraries and compilers, model stores and their credentials."""
 
 CLUSTER = (
     "DYN_*", "ETCD_*", "NATS_*", "OTEL_*", "RUST_*", "TOKIO_*", "POD_*", "KUBERNETES_*", "KUBECONFIG", "HF_HUB_*", "HF_HOME",

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from typing import NoReturn
 
 import uvloop
 
@@ -13,8 +14,17 @@ from shared.config import NodeConfig
 from shared.errors import NodeError
 
 
-async def _run(config: NodeConfig, index: int) -> None:
-    await Agent(config, index).run()
+async def _run(config: NodeConfig, index: int) -> NoReturn:
+    """Ends the process, while everything still exists: the end of the loop and of Dynamo's runtime wait for threads of theirs."""
+    code = 0
+    try:
+        agent = Agent(config, index)
+        await agent.run()
+    except Exception:
+        logging.exception("the agent ends")
+        code = 1
+    logging.shutdown()
+    os._exit(code)
 
 
 def main() -> int:
@@ -30,15 +40,7 @@ def main() -> int:
         print(f"agent: {error}", file=sys.stderr)
         return 2
     logs.setup(f"agent:{index}")
-    code = 0
-    try:
-        uvloop.run(_run(config, index))
-    except Exception:
-        logging.exception("the agent ends")
-        code = 1
-    logging.shutdown()
-    # Dynamo's runtime threads would hold the interpreter's exit for seconds.
-    os._exit(code)
+    uvloop.run(_run(config, index))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import pickle
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,24 @@ def test_what_a_scheduler_counts_is_read_by_the_engine() -> None:
         "scheduler_steps_dp1": 3, "scheduler_outputs_dp1": 1, "scheduler_loops_dp1": 1, "scheduler_busy_dp1": 1.0,
         "running_dp1": 2, "waiting_dp1": 1, "scheduler_transfers_dp1": 2,
     }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """SGLang 0.5.16's SchedulerRequestReceiver: its methods can't be replaced one instance at a time."""
+
+    answer: str
+
+    def recv_requests(self, *, wait: bool = False) -> str:
+        return self.answer
+
+
+def test_what_can_not_be_changed_is_counted_as_well() -> None:
+    ours, other = Receiver("ours"), Receiver("other")
+    counter = module.Counter()
+    assert counter.of(ours, "recv_requests") and not counter.of(ours, "ingest_requests")
+    assert (ours.recv_requests(wait=True), other.recv_requests(), ours.recv_requests()) == ("ours", "other", "ours")
+    assert counter.count == 2
 
 
 def test_a_rank_is_as_far_as_the_last_of_its_processes() -> None:

@@ -63,7 +63,16 @@ class Counter:
                 self.count += 1
             return call(*args, **kwargs)
 
-        setattr(owner, name, counted)
+        try:
+            setattr(owner, name, counted)
+        except (AttributeError, TypeError):  # a frozen dataclass with slots (0.5.16, SchedulerRequestReceiver)
+            kind = type(owner)
+            whole = getattr(kind, name)
+
+            def chosen(this: Any, *args: Any, **kwargs: Any) -> Any:
+                return counted(*args, **kwargs) if this is owner else whole(this, *args, **kwargs)
+
+            setattr(kind, name, chosen)
         return True
 
 
