@@ -8,8 +8,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,7 @@ def main() -> int:
         asked = {key: value for key, value in vars(found).items() if key not in ("sides", "model", "record", "logs")}
         record = Record(found.record, {**asked, "sides": [str(wanted) for wanted in found.sides]})
         run = Run(found, directory, record, found.logs or Path(scratch) / "logs")
-        for turn in range(found.rounds):
-            for sides in together(found.sides):
-                run.one(sides, turn)
+        (run.at_once if found.at_once else run.one_by_one)()
     return finish(record)
 
 
@@ -63,23 +61,56 @@ class Run:
         self._found, self._record, self._logs = found, record, logs
         self._vocab = int(json.loads((directory / "config.json").read_text())["vocab_size"])
         self._setup = Setup(directory, found.flags, found.agents[0], found.clients, found.step_ms / 1e3, self._vocab)
+        self._seeds = iter(range(SEEDS, 10**9, SEEDS))
 
-    def one(self, sides: list[Wanted], turn: int) -> None:
-        """Start what these sides share, send each all loads, end it. What goes wrong is recorded, and the run goes on."""
+    def one_by_one(self) -> None:
+        """Each round starts every side anew, sends it all loads and ends it, before the next."""
+        for turn in range(self._found.rounds):
+            for sides in together(self._found.sides):
+                with ExitStack() as stack:
+                    if (up := self._start(sides, turn, stack)) is not None:
+                        for wanted in sides:
+                            self._loads(up, wanted, turn, self._agents(wanted))
+
+    def at_once(self) -> None:
+        """All sides are started first, and loaded in turns: what drifts on the host meets all of them alike.
+
+        Fewer agents come after all rounds with the most, as agents are only stopped.
+        """
+        with ExitStack() as stack:
+            ups = [(self._start(sides, 0, stack), sides) for sides in together(self._found.sides)]
+            turns = [(up, wanted) for up, sides in ups if up is not None for wanted in sides]
+            for step in range(len(self._found.agents)):
+                for turn in range(self._found.rounds):
+                    for up, wanted in turns if turn % 2 == 0 else turns[::-1]:
+                        self._loads(up, wanted, turn, self._agents(wanted)[step : step + 1])
+
+    def _start(self, sides: list[Wanted], turn: int, stack: ExitStack) -> "Up | None":
+        """Start what these sides share, until the stack ends it. What goes wrong is recorded, and the run goes on without."""
         name = "+".join(map(str, sides))
         logs = self._logs / f"{turn}-{name.replace('/', '-')}"
+        with self._recorded(name, turn, logs):
+            place = stack.enter_context(Place(logs))
+            side = stack.enter_context(closing(make(sides[0], self._setup, place)))
+            began = time.monotonic()
+            side.start()
+            seconds = round(time.monotonic() - began, 2)
+            self._record.add("starts", {"side": name, "round": turn, "seconds": seconds})
+            say(f"round {turn + 1}: {name} up after {seconds} s")
+            for wanted in sides:
+                side.become(wanted)
+                self._check(wanted, side)
+                # Compiles what has to be compiled, and opens every connection.
+                widest = max(self._asked(), key=lambda load: load.streams)
+                warm = replace(widest, requests=1, output=WARM_OUTPUT, rate=0.0, seed=next(self._seeds))
+                side.run(warm, lambda: None)
+            return Up(side, place.mark, logs)
+        return None
+
+    @contextmanager
+    def _recorded(self, name: str, turn: int, logs: Path) -> Iterator[None]:
         try:
-            with Place(logs) as place, closing(make(sides[0], self._setup, place)) as side:
-                began = time.monotonic()
-                side.start()
-                seconds = round(time.monotonic() - began, 2)
-                self._record.add("starts", {"side": name, "round": turn, "seconds": seconds})
-                say(f"round {turn + 1}: {name} up after {seconds} s")
-                seeds = iter(range(SEEDS, 10**9, SEEDS))
-                for wanted in sides:
-                    side.become(wanted)
-                    self._check(wanted, side)
-                    self._loads(wanted, side, place.mark, turn, seeds)
+            yield
         except (Failed, LoadError, OSError) as error:
             ends = {log.name: log.read_text(errors="replace").splitlines()[-LOG_LINES:] for log in sorted(logs.glob("*.log"))}
             self._record.add("failures", {"side": name, "round": turn, "error": str(error), "logs": ends})
@@ -93,19 +124,22 @@ class Run:
         document["refused"] = document["refused"] or outputs.difference(document["texts"])
         self._record.save()
 
-    def _loads(self, wanted: Wanted, side: Side, mark: str, turn: int, seeds: Iterator[int]) -> None:
-        loads = list(self._asked())
-        # Compiles what has to be compiled, and opens every connection.
-        widest = max(loads, key=lambda load: load.streams)
-        side.run(replace(widest, requests=1, output=WARM_OUTPUT, rate=0.0, seed=next(seeds)), lambda: None)
-        for agents in self._agents(wanted):
-            side.scale(agents)
-            for repeat in range(self._found.repeats):
-                for load in loads:
-                    about = {"side": str(wanted), "agents": agents, "round": turn, "repeat": repeat}
-                    entry = {**about, **measure(side, mark, replace(load, seed=next(seeds)))}
-                    self._record.add("loads", entry)
-                    say(line(entry))
+    def _loads(self, up: "Up", wanted: Wanted, turn: int, agents: list[int]) -> None:
+        """All loads, with each of these numbers of agents. A side that has failed once gets no more."""
+        if up.failed:
+            return
+        up.failed = True
+        with self._recorded(str(wanted), turn, up.logs):
+            up.side.become(wanted)
+            for count in agents:
+                up.side.scale(count)
+                for repeat in range(self._found.repeats):
+                    for load in self._asked():
+                        about = {"side": str(wanted), "agents": count, "round": turn, "repeat": repeat}
+                        entry = {**about, **measure(up.side, up.mark, replace(load, seed=next(self._seeds)))}
+                        self._record.add("loads", entry)
+                        say(line(entry))
+            up.failed = False
 
     def _agents(self, wanted: Wanted) -> list[int]:
         """Scaled down only where every token comes by itself."""
@@ -121,6 +155,17 @@ class Run:
             yield Load(streams, found.requests, *shape, seed=0, at_most=found.at_most)
         for rate in found.open_rate:
             yield Load(max(found.streams), 1, *shape, seed=0, at_most=found.open_seconds, rate=rate)
+
+
+@dataclass
+class Up:
+    """A start of a side, or of several that share it."""
+
+    side: Side
+    mark: str
+    """Of its processes."""
+    logs: Path
+    failed: bool = False
 
 
 def line(entry: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ def main() -> int:
         return 2
     logs.setup(f"agent:{index}")
     uvloop.run(_run(config, index))
+    return 0  # not reached: the process has ended
 
 
 if __name__ == "__main__":
