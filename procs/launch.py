@@ -21,8 +21,6 @@ MODULES = {"engine": "procs.keeper", "frontend": "dynamo.frontend"}
 LOOPBACK = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST")
 """Where Dynamo's runtime listens (or what it advertises). Unset, it takes the host's outward address."""
 
-AGENT_WORKER_THREADS = "2"
-"""Measured on two cores with one agent at 100,000 tokens/s: 1 thread 95,000 chunks/s, 8 threads 63,000."""
 FRONTEND_STOP_SECONDS = 60
 """For clients to take what is left of their streams after the agents have drained; supervisor.conf allows a little more."""
 
@@ -70,8 +68,6 @@ def environment(program: str, environ: dict[str, str], config: NodeConfig) -> di
         # Any free port. The relay scrapes it, and whoever reads the model card fetches the tokenizer there: it must be
         # reachable wherever the requests are (0.0.0.0: Dynamo advertises the host's outward address).
         result["DYN_SYSTEM_PORT"] = "0"
-        # Of Dynamo's runtime: one a core by default, which wake each other up for every chunk.
-        result.setdefault("DYN_RUNTIME_NUM_WORKER_THREADS", AGENT_WORKER_THREADS)
         result["DYN_SYSTEM_HOST"] = result.get("DYN_TCP_RPC_HOST", "0.0.0.0")
     if program == "engine":
         result |= sglang_environment(result)
