@@ -16,15 +16,15 @@ from shared.errors import NodeError
 
 async def _run(config: NodeConfig, index: int) -> NoReturn:
     """Ends the process, while everything still exists: the end of the loop and of Dynamo's runtime wait for threads of theirs."""
-    code = 0
+    code = 1
     try:
-        agent = Agent(config, index)
-        await agent.run()
+        await Agent(config, index).run()
+        code = 0
     except Exception:
         logging.exception("the agent ends")
-        code = 1
-    logging.shutdown()
-    os._exit(code)
+    finally:
+        logging.shutdown()
+        os._exit(code)
 
 
 def main() -> int:

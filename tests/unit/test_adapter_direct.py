@@ -1,6 +1,9 @@
 """Tokens past the detokenizer: what a scheduler's step is split into, where each part goes, and how it reaches the sink."""
 
 import asyncio
+import copy
+import gc
+import weakref
 from array import array
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,7 +15,7 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from procs.engine.adapter import direct
 from procs.engine.adapter.direct import ROUTE, NewTokens, split
-from procs.engine.adapter.manager import StepManager
+from procs.engine.adapter.manager import StepManager, _End
 from procs.engine.adapter.reader import Reader
 from shared.errors import Code
 
@@ -115,6 +118,17 @@ def test_an_idle_batch_is_sent_as_ever(scheduler: Any) -> None:
     scheduler.output_streamer._stream_output_generation([req(RID, 5, 6)], False, is_idle_batch=True)
     assert scheduler.ipc_channels.send_to_detokenizer.sent == [[], []]
     assert scheduler.ipc_channels.send_to_tokenizer.sent == [NewTokens([RID], [[6]])]
+
+
+def test_each_scheduler_of_a_process_has_its_own_way(scheduler: Any) -> None:
+    channels = SimpleNamespace(send_to_detokenizer=Sender(), send_to_tokenizer=Sender())
+    second = SimpleNamespace(output_streamer=Streamer(channels.send_to_detokenizer), ipc_channels=channels, stream_interval=1)
+    for each in (scheduler, second):
+        direct.install(each)
+    for each, rid in ((scheduler, "1" * 32), (second, "2" * 32)):
+        each.output_streamer._stream_output_generation([req(rid, 5, 6), req(rid, 5, sent=0)], False)
+    assert scheduler.ipc_channels.send_to_tokenizer.sent == [NewTokens(["1" * 32], [[6]]), ["1" * 32]]
+    assert channels.send_to_tokenizer.sent == [NewTokens(["2" * 32], [[6]]), ["2" * 32]]
 
 
 def test_an_sglang_that_is_built_differently_is_left_as_it_is(scheduler: Any) -> None:
@@ -235,6 +249,36 @@ def test_a_task_waits_for_the_end_only_whatever_ends_it(monkeypatch: pytest.Monk
     asyncio.run(main())
 
 
+def test_samples_that_sglang_makes_of_one_request_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+    scene.read()
+    monkeypatch.setattr(TokenizerManager, "_init_req_state", lambda *_: None)
+    whole = io_struct.GenerateReqInput(input_ids=[1, 2], sampling_params={"n": 2}, rid=RID, stream=True)
+    whole.normalize_batch_and_arguments()
+    for request in (whole, copy.copy(whole[0])):  # 0.5.23, TokenizerManager._handle_batch_request
+        scene.manager._init_req_state(request)
+
+
+def test_a_request_that_has_ended_is_not_kept() -> None:
+    class State:
+        finished = False
+        event: Any
+
+    state = State()
+    state.event = _End(state)
+    gone = weakref.ref(state)
+    gc.disable()
+    try:
+        state.event.set()
+        assert not state.event.is_set()
+        state.finished = True
+        state.event.set()
+        del state
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize(("call", "route"), [("generate", ROUTE), ("text", None)])
 def test_only_a_request_without_text_asks_for_the_direct_way(
     monkeypatch: pytest.MonkeyPatch, call: str, route: str | None
@@ -248,10 +292,20 @@ def test_only_a_request_without_text_asks_for_the_direct_way(
     assert [obj.http_worker_ipc for obj in sent] == [route, None]
 
 
-def test_an_answer_that_makes_no_sense_ends_its_request_alone() -> None:
-    scene = Scene()
-    scene.read().take({"output_ids": [5], "meta_info": {}})
-    assert scene.sink.said == [(RID, Code.INTERNAL, "KeyError: 'finish_reason'")]
+def test_an_answer_that_makes_no_sense_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene, other = Scene(), "b" * 32
+    aborted: list[str] = []
+    scene.manager.abort_request = aborted.append
+    for rid, made in ((RID, {"output_ids": [5], "meta_info": {}}), (other, answer(6))):
+        scene.read(rid)
+        scene.state(rid).out_list.append(made)
+
+    async def handled(self: Any, batch: Any) -> None: ...
+
+    monkeypatch.setattr(TokenizerManager, "_handle_batch_output", handled)
+    asyncio.run(scene.manager._handle_batch_output(SimpleNamespace(rids=[RID, other])))
+    assert scene.sink.said[0] == (RID, Code.INTERNAL, "KeyError: 'finish_reason'")
+    assert scene.sink.said[1][:2] == (other, [6]) and aborted == [RID], "SGLang doesn't go on with it"
 
 
 def test_text_goes_along_where_it_was_asked_for() -> None:

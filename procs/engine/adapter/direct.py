@@ -35,7 +35,7 @@ def install(scheduler: Any) -> None:
     def stream_output_generation(
         self: Any, reqs: list[Any], return_logprob: bool, skip_req: Any = None, is_idle_batch: bool = False
     ) -> None:
-        ours = [req for req in reqs if req.http_worker_ipc == ROUTE]
+        ours = [req for req in reqs if req.http_worker_ipc == ROUTE] if self is streamer else []
         if not ours:
             ordinary(self, reqs, return_logprob, skip_req, is_idle_batch)
             return

@@ -27,7 +27,8 @@ class _End(asyncio.Event):
         self._state = state
 
     def set(self) -> None:
-        if self._state.finished:
+        if self._state is None or self._state.finished:
+            self._state = None  # they hold each other: nothing of the request should wait for the garbage collector
             super().set()
 
 
@@ -55,7 +56,8 @@ class StepManager(TokenizerManager):  # type: ignore[misc]
 
     def _init_req_state(self, obj: Any, *args: Any, **kwargs: Any) -> None:
         super()._init_req_state(obj, *args, **kwargs)
-        if obj.is_single and obj.rid in self.readers:
+        # The samples of one request don't say what they are.
+        if getattr(obj, "is_single", False) and obj.rid in self.readers:
             state = self.rid_to_state[obj.rid]
             state.event = _End(state)
 
@@ -91,8 +93,8 @@ class StepManager(TokenizerManager):  # type: ignore[misc]
             answers, state.out_list = state.out_list, []
             if not state.time_stats.response_sent_to_client_time:
                 state.time_stats.set_response_sent_to_client_time()
-            for answer in answers:
-                reader.take(answer)
+            if not all(map(reader.take, answers)):
+                self.abort_request(rid)
 
 
 def install() -> None:

@@ -24,13 +24,18 @@ class Reader:
         self.ids_only = ids_only
         """Text is not asked for: the scheduler may answer directly (procs.engine.adapter.direct)."""
 
-    def take(self, answer: Answer) -> None:
-        """As ``pass_on``; what it can't understand ends the request. Never raises: it is called for a whole step's requests."""
+    def take(self, answer: Answer) -> bool:
+        """As ``pass_on``; False when it can't be understood: the request has failed, and whoever made it is to abort it.
+
+        Never raises: it is called for a whole step's requests.
+        """
         try:
             self.pass_on(answer)
         except Exception as error:
             logging.exception("request %s", self._rid)
             self._sink.failed(self._rid, Code.INTERNAL, f"{type(error).__name__}: {error}")
+            return False
+        return True
 
     def pass_on(self, answer: Answer) -> None:
         finish = answer["meta_info"]["finish_reason"]
