@@ -279,6 +279,31 @@ def test_a_request_that_has_ended_is_not_kept() -> None:
         gc.enable()
 
 
+def test_an_abort_out_of_the_queue_says_no_token_again() -> None:
+    async def main() -> None:
+        scene = Scene()
+        reader = scene.read()
+        nothing = SimpleNamespace(log_finished_request=lambda *_, **__: None, exporter_enabled=lambda: False)
+        scene.manager.__dict__.update(
+            enable_trace=False, enable_lora=False, incremental_streaming_output=True, disaggregation_mode=None,
+            config_value=lambda _: "", request_logger=nothing, request_metrics_exporter_manager=nothing,
+            server_args=SimpleNamespace(weight_version=""),
+        )  # fmt: skip
+        request = io_struct.GenerateReqInput(input_ids=[1], sampling_params={}, rid=RID, stream=True)
+        request.normalize_batch_and_arguments()
+        scene.manager._init_req_state(request)
+        scene.manager.rid_to_state[RID].append_text("ab")
+        answers = scene.manager._wait_one_response(request)
+        scene.manager._new_tokens(NewTokens([RID], [[5]]))
+        scene.manager._handle_abort_req(io_struct.AbortReq(rid=RID))  # 0.5.23: it was retracted, and waits
+        (last,) = [each async for each in answers]
+        reader.pass_on(last)
+        assert scene.sink.said[0] == (RID, [5]) and scene.sink.said[1][1] == [] and last["text"] == ""
+        assert reader.finished and not scene.manager.rid_to_state
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(("call", "route"), [("generate", ROUTE), ("text", None)])
 def test_only_a_request_without_text_asks_for_the_direct_way(
     monkeypatch: pytest.MonkeyPatch, call: str, route: str | None

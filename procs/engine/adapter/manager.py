@@ -83,6 +83,13 @@ class StepManager(TokenizerManager):  # type: ignore[misc]
                 self.collect_metrics(state, _Row([state.last_output_offset]), 0)
         self.step(rows)
 
+    def _handle_abort_req(self, recv_obj: Any) -> None:
+        """SGLang says the last token and the whole text of a stream again (0.5.23): it has had both."""
+        state = self.rid_to_state.get(recv_obj.rid)
+        super()._handle_abort_req(recv_obj)
+        if state is not None and state.finished and self.incremental_streaming_output and getattr(state.obj, "stream", False):
+            state.out_list[-1].update(output_ids=[], text="")
+
     async def _handle_batch_output(self, recv_obj: Any) -> None:
         await super()._handle_batch_output(recv_obj)
         for rid in recv_obj.rids:
