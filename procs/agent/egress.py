@@ -22,6 +22,8 @@ from shared.roles.role import Chunk
 
 PATIENCE_SECONDS = 0.05
 """A thread that sends one chunk for so long is stuck."""
+SLOW_LOOKS = 2
+"""It is stuck as well when it sends the same response in one look and in so many more, with any number of chunks between."""
 LEAST_PATIENCE_SECONDS = 0.005
 """When one after the other gets stuck: a frontend that stands still holds many responses."""
 
@@ -56,6 +58,8 @@ class Response:
         """No chunk of it is made any more."""
         self.gone = False
         """Nobody takes it any more: only the ends of its streams are waited for."""
+        self.lost = False
+        """A chunk was not taken, as its thread knows at once: nothing may follow it, least of all the normal end."""
         self.error: Exception | None = None
 
     async def run(self, opening: Chunk | None) -> None:
@@ -166,6 +170,9 @@ class _Pump:
         self.waiting: list[_Source | _Opening] = []
         self.scheduled = self._busy = self._again = False
         self._watching = False
+        self._seen: Response | None = None
+        self._hits = 0
+        """In so many looks in a row it was sending the same response."""
         self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         """Of the three that follow."""
@@ -200,8 +207,13 @@ class _Pump:
         """Is it stuck?"""
         egress = self._egress
         if not self._busy or egress.pump is not self:
-            self._watching = False
-        elif self._sent == sent and self._give_way():
+            self._watching, self._seen, self._hits = False, None, 0
+            return
+        sending = self._sending
+        self._hits = self._hits + 1 if sending is self._seen and sending is not None else 0
+        self._seen = sending
+        # Stuck on one chunk, or on one after the other of a client that reads too slowly.
+        if (self._sent == sent or self._hits >= SLOW_LOOKS) and self._give_way():
             egress.patience = max(egress.patience / 4, LEAST_PATIENCE_SECONDS)
         else:
             egress.patience = min(egress.patience * 2, PATIENCE_SECONDS)
@@ -221,6 +233,8 @@ class _Pump:
         self.waiting = [source for source in self.waiting if source.response is stuck]
         other._again = True
         other._give(others)
+        if stuck.over:  # its run() may have looked already whether it has a pump to close
+            self.close()
         return True
 
     def close(self) -> None:
@@ -241,12 +255,14 @@ class _Pump:
                     self._sending = response
                 try:
                     if chunk is not _END:
-                        response.sender.send(chunk)
+                        if not response.lost:
+                            response.sender.send(chunk)
                         continue
-                    if response.error is None:
+                    if response.error is None and not response.lost:
                         response.sender.close()
                     tell(response.ended)
                 except Exception as error:  # whatever it is, it is this response's
+                    response.lost = True
                     tell(response.broken, error)
             self._busy = False
             if self._again:
