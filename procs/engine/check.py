@@ -239,13 +239,14 @@ def _is_for_runtime(name: str, value: str, before: dict[str, str]) -> bool:
 
 
 def _settled(argv: list[str], config: Any) -> list[str]:
-    """The arguments with everything in them that another look could find changed: a file's section, a port that was free.
+    """The arguments with everything in them that another look could find changed: a file's section.
 
-    Every incarnation of the engine, and the agents beside it, must start from the same. Raises ValueError.
+    Every incarnation of the engine must start from the same. Not so with a prefill engine's bootstrap port, where none is given:
+    a decode engine would take the next incarnation for the dead one (procs.engine.adapter.backend). Raises ValueError.
     """
     from dynamo.sglang.args import _load_disagg_config_section, _remove_cli_flag_and_value
 
-    server, dynamo = config.server_args, config.dynamo_args
+    dynamo = config.dynamo_args
     written: list[str] = []
     if dynamo.disagg_config and dynamo.disagg_config_key:
         known = _options()
@@ -256,9 +257,6 @@ def _settled(argv: list[str], config: Any) -> list[str]:
                 raise ValueError(f"--disagg-config {dynamo.disagg_config}: {error}") from error
     for flag in ("--disagg-config", "--disagg-config-key", "--gateway-workers", "--tokenizer-worker-num"):
         argv = _remove_cli_flag_and_value(argv, flag)
-    port = "--disaggregation-bootstrap-port"
-    if _role(server, dynamo) == "prefill" and not any(a.partition("=")[0] == port for a in (*argv, *written)):
-        written += [port, str(server.disaggregation_bootstrap_port)]
     return [*written, *argv]
 
 

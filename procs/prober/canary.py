@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from procs.prober.judge import STRIKES, Limits, Rank, WayOut, blocked
+from procs.prober.judge import STRIKES, Detokenizer, Limits, Rank, WayOut, blocked
 from shared.config import NodeConfig
 from shared.engine_client import EngineClient, Stream
 from shared.errors import RequestError
@@ -50,7 +50,7 @@ class Canary:
         self._welcome: Welcome | None = None
         self._ranks: list[Rank] = []
         self._probes: dict[int | None, Probe] = {}
-        self._out = WayOut(self._limits)
+        self._out, self._detokenizer = WayOut(self._limits), Detokenizer(self._limits)
         self.engine: Beat | None = None
         self.verdict: Verdict | None = None
 
@@ -71,6 +71,7 @@ class Canary:
             return
         now = time.monotonic()
         self._out.hear(beat, now)
+        self._detokenizer.hear(beat, now)
         for rank in self._ranks:
             rank.hear(beat, now, flows=self._out.flows)
 
@@ -104,11 +105,12 @@ class Canary:
         if engine is not None and engine.incarnation == welcome.incarnation and (words := blocked(engine, self._limits)):
             self._doubt(words)
         mute = self._out.words(now)
-        if words := self._out.lost(now):
-            if self._out.strike():
-                logging.warning("%s (1 of %d)", words, STRIKES)
-            else:
-                self._doubt(words)
+        for way in (self._out, self._detokenizer):
+            if words := way.lost(now):
+                if way.strike():
+                    logging.warning("%s (1 of %d)", words, STRIKES)
+                else:
+                    self._doubt(words)
         for rank in self._ranks:
             self._look_at(rank, welcome, now, mute)
         self._conclude(welcome)
@@ -117,7 +119,7 @@ class Canary:
         """Another engine, or the same one after a rest: each rank has to answer at once."""
         self._drop_probes()
         self._welcome = welcome
-        self._out = WayOut(self._limits)
+        self._out, self._detokenizer = WayOut(self._limits), Detokenizer(self._limits)
         numbers = canary.ranks(self._role, welcome.facts) if welcome is not None else []
         known = welcome is not None and self.verdict is not None and self.verdict.incarnation == welcome.incarnation
         self._ranks = [Rank(self._limits, number, now, known=known) for number in numbers]

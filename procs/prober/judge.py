@@ -136,7 +136,7 @@ class Rank:
 
 
 class WayOut:
-    """Tokens that the scheduler hands out and that never come out of the engine: a detokenizer that hangs, a dead connection."""
+    """Tokens that the scheduler hands out and that never come out of the engine: a dead connection."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -173,6 +173,30 @@ class WayOut:
         self._strikes += 1
         self._handed, self._since = self._newest, None
         return self._strikes < STRIKES
+
+
+class Detokenizer(WayOut):
+    """Batches that SGLang's detokenizer was given and does not give back: ids, which pass it by, prove nothing."""
+
+    def hear(self, beat: Beat, now: float) -> None:
+        if "from_detokenizer" not in beat.numbers:  # several tokenizer workers: nobody counts
+            return
+        back = beat.numbers["from_detokenizer"]
+        given = sum(value for key, value in beat.numbers.items() if key.startswith("scheduler_to_detokenizer_dp"))
+        self.flows = back != self._outputs
+        if self.flows:
+            self._strikes = 0
+        if self.flows or given <= back:
+            self._outputs, self._since = back, None
+        elif self._since is None:
+            self._since = now
+
+    def words(self, now: float) -> str:
+        return (
+            ""
+            if self._since is None
+            else f"SGLang's detokenizer has had tokens for {now - self._since:.0f} s, and gives none back"
+        )
 
 
 def blocked(beat: Beat, limits: Limits) -> str:

@@ -139,6 +139,8 @@ HELP = {
     "scheduler_busy": "1 while the scheduler has a batch or requests",
     "scheduler_step_seconds": "Age of the scheduler's present step, 0 between steps",
     "scheduler_transfers": "Requests that wait for a KV transfer",
+    "scheduler_to_detokenizer": "Batches of tokens that the scheduler has given SGLang's detokenizer",
+    "from_detokenizer": "Batches that SGLang's detokenizer has given back",
     "running": "Requests in the scheduler's running batch",
     "waiting": "Requests in the scheduler's queue",
     "tokens": "Tokens handed to peers by the engine",

@@ -7,8 +7,11 @@ import json
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,8 +74,6 @@ def gauges(node: Node, name: str) -> dict[str, float]:
 
 
 def metrics(node: Node) -> list[str]:
-    import urllib.request
-
     with urllib.request.urlopen(f"{node.system_url}/metrics", timeout=5) as answer:
         return list(answer.read().decode().splitlines())
 
@@ -81,6 +82,13 @@ def counted(node: Node) -> float:
     """Tokens in SGLang's own histogram of inter-token latencies."""
     name = "sglang:inter_token_latency_seconds_count"
     return sum(float(line.split()[-1]) for line in metrics(node) if line.startswith(name))
+
+
+def post(url: str, body: dict[str, Any]) -> bytes:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        found: bytes = answer.read()
+        return found
 
 
 def back_in_discovery(node: Node, pid: int) -> None:
@@ -195,4 +203,22 @@ def test_tokens_need_no_detokenizer(node: Node) -> None:
             send(pid, signal.SIGCONT)
     # SGLang's own histogram: each token but the first.
     assert counted(node) - before >= 4 * 999
+    back_in_discovery(node, engine)
+
+
+def test_a_detokenizer_that_hangs_beside_tokens_that_need_it_not(node: Node, hold: Callable[[int], None]) -> None:
+    """One engine-native request needs it; what else runs goes on."""
+    engine = node.pid("engine")
+    body = {"model": MODEL, "input_ids": [20, 30], "sampling_params": {"max_new_tokens": 4}, "stream": True}
+    with Streams() as streams, ThreadPoolExecutor() as pool:
+        results = streams.start(node.url, MODEL, 8, 1_800)
+        streams.flowing(results)
+        hold(titled(node, "sglang::detokenizer"))
+        native = pool.submit(post, f"{node.url}/generate", body)
+        status = wait_for("unhealthy", lambda: node.status()["state"] == "unhealthy" and node.status(), 2 * TIMEOUT + 10)
+        assert "gives none back" in status["reason"] and not native.done(), status
+        assert any(not r.ended for r in results), "the streams were too short to show anything"
+        hold(0)
+        assert b"[DONE]" in native.result(30)
+        assert all(r.complete and r.tokens == 1_800 for r in streams.join())
     back_in_discovery(node, engine)

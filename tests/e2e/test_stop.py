@@ -7,7 +7,7 @@ from tests.harness import Node, instances, nothing_left, running, wait_for
 from tests.streams import Streams
 
 STREAMS = 32
-TOKENS = 1100
+TOKENS = 1950
 """32 of these fit the 65,536 tokens of the cache, and keep two cores busy for well over 10 s."""
 
 

@@ -159,7 +159,7 @@ class Scene:
     def __init__(self) -> None:
         self.sink = Sink()
         self.manager: Any = StepManager.__new__(StepManager)
-        self.manager.__dict__.update(readers={}, rid_to_state={}, enable_metrics=False, step=self.sink.step)
+        self.manager.__dict__.update(readers={}, from_detokenizer=0, rid_to_state={}, enable_metrics=False, step=self.sink.step)
 
     def state(self, rid: str = RID) -> Any:
         stats = SimpleNamespace(response_sent_to_client_time=0.0)

@@ -64,7 +64,7 @@ def test_what_a_scheduler_counts_is_read_by_the_engine() -> None:
     assert 0 <= numbers.pop("scheduler_step_seconds_dp1") < 1
     assert numbers == {
         "scheduler_steps_dp1": 3, "scheduler_outputs_dp1": 1, "scheduler_loops_dp1": 1, "scheduler_busy_dp1": 1.0,
-        "running_dp1": 2, "waiting_dp1": 1, "scheduler_transfers_dp1": 2,
+        "running_dp1": 2, "waiting_dp1": 1, "scheduler_transfers_dp1": 2, "scheduler_to_detokenizer_dp1": 1,
     }  # fmt: skip
 
 
@@ -88,7 +88,18 @@ def test_what_can_not_be_changed_is_counted_as_well() -> None:
 
 def test_a_rank_is_as_far_as_the_last_of_its_processes() -> None:
     def sample(steps: int, step_at: float, batch: float) -> Sample:
-        return Sample(steps, outputs=steps, loops=9, running=1, waiting=0, transfers=0, step_at=step_at, batch=batch, at=100.0)
+        return Sample(
+            steps,
+            outputs=steps,
+            loops=9,
+            running=1,
+            waiting=0,
+            transfers=0,
+            to_detokenizer=steps,
+            step_at=step_at,
+            batch=batch,
+            at=100.0,
+        )
 
     numbers = combined([sample(7, 99.0, 1.0), sample(6, 40.0, 1.0)], now=100.0)
     assert (numbers["scheduler_steps"], numbers["scheduler_outputs"], numbers["scheduler_step_seconds"]) == (6, 13, 60.0)

@@ -1,10 +1,11 @@
 """What counts for and against an engine, on a clock of the test's own: counters as SGLang's schedulers give them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from procs.prober.judge import FIRST_SECONDS, STRIKES, Limits, Rank, WayOut, blocked, work_of
+from procs.prober.judge import FIRST_SECONDS, STRIKES, Detokenizer, Limits, Rank, WayOut, blocked, work_of
 from shared.frames import Beat
 
 LIMITS = Limits(wait=10, timeout=30, busy_stall=60)
@@ -168,6 +169,31 @@ def test_no_way_out_is_lost(what: dict[str, Any]) -> None:
 
 def test_one_output_for_an_aborted_request_beside_a_long_prefill_is_one_strike_only() -> None:
     assert way_out(300, handed=lambda t: float(t > 1)) == ([32], False)
+
+
+@pytest.mark.parametrize(
+    ("given", "back", "strikes"),
+    [
+        pytest.param(lambda t: t, lambda t: 0, [31, 61], id="hangs"),
+        pytest.param(lambda t: 7.0, lambda t: min(t, 6.0), [36, 66], id="hangs with one"),
+        pytest.param(lambda t: t, lambda t: t, [], id="works"),
+        pytest.param(lambda t: t, lambda t: t // 20, [], id="is slow"),
+        pytest.param(lambda t: 0, lambda t: 0, [], id="is not needed"),
+    ],
+)
+def test_a_detokenizer_is_judged_by_what_it_gives_back(
+    given: Callable[[float], float], back: Callable[[float], float], strikes: list[int]
+) -> None:
+    """Beside tokens that flow past it."""
+    way_of, now, found = Detokenizer(LIMITS), 0.0, list[int]()
+    while now < 70:
+        now += TICK
+        numbers = {"scheduler_to_detokenizer_dp0": given(now), "from_detokenizer": back(now), "outputs": now, "inflight": 3.0}
+        way_of.hear(way(**numbers), now)
+        if way_of.lost(now):
+            found.append(round(now))
+            assert way_of.strike() is (len(found) == 1)
+    assert found == pytest.approx(strikes, abs=1)
 
 
 def test_a_blocked_loop_is_known_by_its_lag() -> None:

@@ -25,6 +25,10 @@ ABORT_RETRY_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0)
 """Where ranks may hear an abort before its request (pipeline stages, DP attention), it is repeated (dynamo.sglang 1.6.1)."""
 SETTLED = ("DYN_SGL_DISAGG_CONFIG", "DYN_SGL_DISAGG_CONFIG_KEY", "DYN_SGL_GATEWAY_WORKERS")
 """What these say is in the arguments already (procs.engine.check)."""
+BOOTSTRAP_PORT = "--disaggregation-bootstrap-port"
+OLD_PORT_SECONDS = 12.0
+"""Until a dead prefill engine's port is opened again. Decode engines miss it after two heartbeats of 5 s (SGLang 0.5.23); one
+that is back before is the old one to them, and their requests wait for its dead ranks for ever."""
 SIGQUIT_EXIT = 70
 """Exit code after a child of SGLang reported its own failure by SIGQUIT."""
 ABORTED = {"type": "abort", "message": "Aborted"}
@@ -60,6 +64,9 @@ class SglangBackend:
         manager.install()
         self._schedulers = Schedulers()
         shm.mark()
+        given = {argument.partition("=")[0] for argument in config.worker_argv}
+        if config.role == "prefill" and incarnation > 1 and BOOTSTRAP_PORT in given:
+            time.sleep(max(0.0, OLD_PORT_SECONDS - (time.monotonic() - started)))
         self._engine = sgl.Engine(server_args=self._parsed.server_args)
         self._manager = self._engine.tokenizer_manager
         self._server_args = server_args = self._parsed.use_resolved_server_args(self._engine.server_args)
@@ -241,7 +248,10 @@ class SglangBackend:
         self._manager.configure_logging(ConfigureLoggingReq(log_level=name))
 
     def numbers(self) -> dict[str, float]:
-        return self._schedulers.numbers()
+        found = self._schedulers.numbers()
+        if hasattr(self._manager, "from_detokenizer"):
+            found["from_detokenizer"] = self._manager.from_detokenizer
+        return found
 
     def close(self) -> None:
         if self._kv_metrics is not None:

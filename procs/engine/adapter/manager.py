@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
-from sglang.srt.managers.io_struct import hook_custom_types
+from sglang.srt.managers.io_struct import BatchTokenIDOutput, hook_custom_types
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.utils import TypeBasedDispatcher
 
@@ -47,6 +47,8 @@ class StepManager(TokenizerManager):  # type: ignore[misc]
         self.readers: dict[str, Reader] = {}
         self.step: Callable[[Iterable[tuple[str, list[int]]]], None] = lambda rows: None
         """Takes the plain tokens of a step: request id and new ids."""
+        self.from_detokenizer = 0
+        """Batches that SGLang's detokenizer has given back."""
         super().__init__(*args, **kwargs)
 
     def init_request_dispatcher(self) -> None:
@@ -91,6 +93,8 @@ class StepManager(TokenizerManager):  # type: ignore[misc]
             state.out_list[-1].update(output_ids=[], text="")
 
     async def _handle_batch_output(self, recv_obj: Any) -> None:
+        if recv_obj.rids and not isinstance(recv_obj, BatchTokenIDOutput):
+            self.from_detokenizer += 1
         await super()._handle_batch_output(recv_obj)
         for rid in recv_obj.rids:
             reader = self.readers.get(rid)

@@ -21,7 +21,7 @@ from procs.engine.adapter import direct
 SAMPLE_SECONDS = 0.2
 """How often a scheduler is looked at."""
 PREFIX = "sgnode-scheduler"
-LAYOUT = struct.Struct("<Q6q3dQ")
+LAYOUT = struct.Struct("<Q7q3dQ")
 """A number of the sample, before and after it: what lies between was written in one go when both are alike."""
 
 
@@ -32,13 +32,15 @@ class Sample:
     steps: int
     """Forward passes begun (SGLang's ``forward_ct``)."""
     outputs: int
-    """Batches of tokens handed to the detokenizer."""
+    """Batches of tokens handed on."""
     loops: int
     """Turns of its loop, also of an idle one."""
     running: int
     waiting: int
     transfers: int
     """Requests that wait for a KV transfer of prefill and decode."""
+    to_detokenizer: int
+    """Of ``outputs``, those that SGLang's detokenizer was given: each one comes back."""
     step_at: float
     """When ``steps`` grew last."""
     batch: float
@@ -109,11 +111,13 @@ class Watch:
 
     def __init__(self, scheduler: Any, path: Path) -> None:
         self._scheduler = scheduler
-        self._outputs, self._loops = Counter(), Counter()
+        self._outputs, self._loops, self._to_detokenizer = Counter(), Counter(), Counter()
         missing = [] if hasattr(scheduler, "forward_ct") else ["forward_ct"]
         for name in ("send_to_detokenizer", "send_to_tokenizer"):
             if not self._outputs.of(_sender(scheduler, name), "send_output", _carries):
                 missing.append(name)
+        if not getattr(getattr(scheduler, "server_args", None), "skip_tokenizer_init", False):
+            self._to_detokenizer.of(_sender(scheduler, "send_to_detokenizer"), "send_output", _carries)
         receiver = getattr(scheduler, "request_receiver", None)  # 0.5.16
         if not (self._loops.of(scheduler, "ingest_requests") or self._loops.of(receiver, "recv_requests")):
             missing.append("ingest_requests")
@@ -143,9 +147,10 @@ class Watch:
         running = _length(scheduler, "running_batch", "reqs")
         transfers = sum(_length(scheduler, *names) for names in QUEUES)
         self._number += 1
-        values = (steps, self._outputs.count, self._loops.count, running, _length(scheduler, "waiting_queue"), transfers)
+        counts = (steps, self._outputs.count, self._loops.count)
+        lengths = (running, _length(scheduler, "waiting_queue"), transfers)
         times = (self._step_at, float(batch is not None), now)
-        self._map[:] = LAYOUT.pack(self._number, *values, *times, self._number)
+        self._map[:] = LAYOUT.pack(self._number, *counts, *lengths, self._to_detokenizer.count, *times, self._number)
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> Any:
@@ -255,4 +260,5 @@ def combined(samples: Iterable[Sample], now: float) -> dict[str, float]:
         "running": max(s.running for s in all_of),
         "waiting": max(s.waiting for s in all_of),
         "scheduler_transfers": max(s.transfers for s in all_of),
+        "scheduler_to_detokenizer": sum(s.to_detokenizer for s in all_of),
     }
