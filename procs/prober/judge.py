@@ -76,11 +76,15 @@ class Rank:
         self._strikes = 0
         self._work = Work()
         self._heard = self._progress = self._asked = now
+        self._inside = now
+        """When it was last known to be in a step."""
 
     def hear(self, beat: Beat, now: float, *, flows: bool) -> None:
         """``flows``: outputs have come out of the engine since the last Beat."""
         old, self._work = self._work, work_of(beat.numbers, self.number)
         self._heard = now
+        if self._work.step_seconds:
+            self._inside = now
         stepped = self._work.steps != old.steps
         # Requests whose KV cache is on its way can't step, but the loop turns. A control may take the whole loop.
         waits = self._work.transfers > 0 and self._work.loops != old.loops
@@ -104,6 +108,10 @@ class Rank:
             return ""
         step = self._work.step_seconds and self._work.step_seconds + now - self._heard
         if not step:
+            # A step that has just ended was no idleness, and its token may be on its way.
+            quiet = now - max(sent, self._progress, self._inside)
+            if quiet < self._limits.timeout:
+                return ""
             return f"{self._words} had no token within {now - sent:.0f} s, and the scheduler made no step for {quiet:.0f} s"
         return (
             f"{self._words} had no token: the scheduler is in one step for {step:.0f} s"

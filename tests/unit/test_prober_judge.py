@@ -91,6 +91,16 @@ def test_a_step_of_more_than_the_stall_limit_is_a_strike_and_the_next_canary_ano
     assert "in one step for" in world.rank.reason
 
 
+def test_a_long_step_that_has_just_ended_was_no_idleness() -> None:
+    """Its token is on its way: the canary has its whole time from there."""
+    world = healthy()
+    world.run(50, steps=2.0, step_seconds=lambda t: t)
+    world.run(29, steps=2.0, step_seconds=0.0)
+    assert world.strikes == []
+    world.run(2, steps=2.0, step_seconds=0.0)
+    assert len(world.strikes) == 1
+
+
 def test_a_loop_that_stands_still_with_transfers_is_no_excuse() -> None:
     world = healthy()
     world.run(80, transfers=3.0, loops=5.0)
