@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +77,7 @@ def main() -> int:
     print(table(rows))
     if options.record:
         document: dict[str, Any] = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python -m benchmarks.memory", *sys.argv[1:]]),
-            "host": host.describe(),
-            "versions": host.versions(),
+            **host.header("benchmarks.memory"),
             "mb": [{"process": name, **memory} for name, memory in rows],
         }
         options.record.write_text(json.dumps(document, indent=1) + "\n")

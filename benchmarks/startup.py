@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +110,7 @@ def main() -> None:
     print(table(results))
     if options.record:
         document: dict[str, Any] = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python -m benchmarks.startup", *sys.argv[1:]]),
-            "host": host.describe(),
-            "versions": host.versions(),
+            **host.header("benchmarks.startup"),
             "seconds": results,
         }
         options.record.write_text(json.dumps(document, indent=1) + "\n")

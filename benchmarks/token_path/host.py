@@ -3,6 +3,8 @@
 import platform
 import shutil
 import subprocess
+import sys
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,7 +25,23 @@ def versions() -> dict[str, str | None]:
 
 def describe() -> dict[str, Any]:
     memory = round(psutil.virtual_memory().total / 2**30, 1)
-    return {"machine": platform.machine(), "cores": psutil.cpu_count(), "memory_gib": memory, "gpus": gpus()}
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": psutil.cpu_count(),
+        "memory_gib": memory,
+        "gpus": gpus(),
+    }
+
+
+def header(module: str) -> dict[str, Any]:
+    """What every kept result says first: when, by which command, where, with which versions."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "host": describe(),
+        "versions": versions(),
+    }
 
 
 def gpus() -> list[str]:

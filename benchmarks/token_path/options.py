@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from benchmarks.token_path.model import SHAPES
 from benchmarks.token_path.side import Wanted
+from procs.cli.flags import count
 from procs.cli.serve import CPU_DEFAULTS, has_gpu
 
 DESCRIPTION = "Tokens per second, TTFT, ITL, CPU and memory of sides that serve one model, under the same loads, in turns."
@@ -35,19 +36,6 @@ def _listed(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return parse
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    try:
-        return _count(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _amount(text: str) -> float:
@@ -82,22 +70,22 @@ def parser() -> Parser:
     add("--sides", type=_listed(Wanted.parse), default=SIDES, metavar="SIDE,...", help="in this order (%(default)s)")
     add(
         "--agents",
-        type=_listed(_count),
+        type=_listed(count),
         default="4,2,1",
         metavar="N,...",
         help="of a node; with /K the most only (%(default)s)",
     )
-    add("--streams", type=_listed(_count), default="1,8,32", metavar="N,...", help="closed loops: streams at once (%(default)s)")
-    add("--requests", type=_whole, default=4, help="of each stream, one after another (%(default)s)")
+    add("--streams", type=_listed(count), default="1,8,32", metavar="N,...", help="closed loops: streams at once (%(default)s)")
+    add("--requests", type=count, default=4, help="of each stream, one after another (%(default)s)")
     add("--open-rate", type=_listed(_amount), default=[], metavar="R,...", help="open loops: requests a second")
     add("--open-seconds", type=_positive, default=10.0, help="how long an open loop sends (%(default)g)")
     add("--at-most", type=_positive, default=60.0, help="seconds after which a stream sends no third request (%(default)g)")
-    add("--rounds", type=_whole, default=3, help="of all sides, each with a start of every side (%(default)s)")
+    add("--rounds", type=count, default=3, help="of all sides, each with a start of every side (%(default)s)")
     add("--at-once", action="store_true", help="start every side first, and load them in turns; pass SGLang --sleep-on-idle")
-    add("--repeats", type=_whole, default=1, help="of each load in a round (%(default)s)")
-    add("--input", type=_whole, default=256, help="tokens of a prompt (%(default)s)")
-    add("--output-tokens", type=_whole, default=128, help="tokens of an answer (%(default)s)")
-    add("--clients", type=_whole, default=max(1, cores // 2), help="client processes (half of the cores: %(default)s)")
+    add("--repeats", type=count, default=1, help="of each load in a round (%(default)s)")
+    add("--input", type=count, default=256, help="tokens of a prompt (%(default)s)")
+    add("--output-tokens", type=count, default=128, help="tokens of an answer (%(default)s)")
+    add("--clients", type=count, default=max(1, cores // 2), help="client processes (half of the cores: %(default)s)")
     add("--step-ms", type=_positive, default=2.0, help="one step of the synthetic engine (%(default)g)")
     add("--model", type=Path, help="model directory (default: a demo model, made for the run)")
     add("--shape", choices=tuple(SHAPES), help="make a Llama of this shape in --model first, and run it with dummy weights")

@@ -1,10 +1,7 @@
 """The run as JSON: what was asked for, where, each load's figures. Written again after every load."""
 
 import json
-import platform
-import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,7 @@ class Record:
     def __init__(self, path: Path | None, run: dict[str, Any]) -> None:
         self._path = path
         self.document: dict[str, Any] = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python -m benchmarks.token_path", *sys.argv[1:]]),
-            "host": {**host.describe(), "system": platform.system()},
-            "versions": host.versions(),
+            **host.header("benchmarks.token_path"),
             "run": run,
             "starts": [],
             "loads": [],

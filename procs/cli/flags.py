@@ -72,7 +72,8 @@ def _port(text: str) -> int:
     return value
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A whole number from 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
     return int(text)
@@ -128,7 +129,7 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
     add("--name", default="default", help="name of the node on this machine (default: %(default)s)")
     add("--runtime-dir", type=Path, help="sockets, logs, state; mode 0700 (default: /run/sgnode/NAME, or the user's own)")
     add("--config", metavar="FILE", help="YAML file with any of these flags, without the dashes; the command line wins")
-    add("--agents", type=_count, default=1, help="Dynamo identities in front of the engine (default: %(default)s)")
+    add("--agents", type=count, default=1, help="Dynamo identities in front of the engine (default: %(default)s)")
     add(
         "--frontend",
         action=argparse.BooleanOptionalAction,

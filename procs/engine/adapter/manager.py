@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
@@ -110,11 +111,7 @@ class StepManager(TokenizerManager):  # type: ignore[misc]
 
 def install() -> None:
     """Before the engine is built."""
-
-    def init(server_args: Any, port_args: Any) -> Any:
-        return init_tokenizer_manager(server_args, port_args, StepManager)
-
     if hasattr(Engine, "init_tokenizer_manager_func"):
-        Engine.init_tokenizer_manager_func = staticmethod(init)
+        Engine.init_tokenizer_manager_func = staticmethod(partial(init_tokenizer_manager, TokenizerManagerClass=StepManager))
     else:
         logging.warning("this SGLang has no Engine.init_tokenizer_manager_func: its tokens are taken one by one")

@@ -111,13 +111,13 @@ class Watch:
 
     def __init__(self, scheduler: Any, path: Path) -> None:
         self._scheduler = scheduler
-        self._outputs, self._loops, self._to_detokenizer = Counter(), Counter(), Counter()
+        self._loops, self._to_detokenizer, self._direct = Counter(), Counter(), Counter()
+        # With --skip-tokenizer-init SGLang's name for it leads past it.
+        self._detokenizes = not getattr(getattr(scheduler, "server_args", None), "skip_tokenizer_init", False)
         missing = [] if hasattr(scheduler, "forward_ct") else ["forward_ct"]
-        for name in ("send_to_detokenizer", "send_to_tokenizer"):
-            if not self._outputs.of(_sender(scheduler, name), "send_output", _carries):
+        for name, counter in (("send_to_detokenizer", self._to_detokenizer), ("send_to_tokenizer", self._direct)):
+            if not counter.of(_sender(scheduler, name), "send_output", _carries):
                 missing.append(name)
-        if not getattr(getattr(scheduler, "server_args", None), "skip_tokenizer_init", False):
-            self._to_detokenizer.of(_sender(scheduler, "send_to_detokenizer"), "send_output", _carries)
         receiver = getattr(scheduler, "request_receiver", None)  # 0.5.16
         if not (self._loops.of(scheduler, "ingest_requests") or self._loops.of(receiver, "recv_requests")):
             missing.append("ingest_requests")
@@ -147,10 +147,11 @@ class Watch:
         running = _length(scheduler, "running_batch", "reqs")
         transfers = sum(_length(scheduler, *names) for names in QUEUES)
         self._number += 1
-        counts = (steps, self._outputs.count, self._loops.count)
+        given = self._to_detokenizer.count
+        counts = (steps, given + self._direct.count, self._loops.count)
         lengths = (running, _length(scheduler, "waiting_queue"), transfers)
         times = (self._step_at, float(batch is not None), now)
-        self._map[:] = LAYOUT.pack(self._number, *counts, *lengths, self._to_detokenizer.count, *times, self._number)
+        self._map[:] = LAYOUT.pack(self._number, *counts, *lengths, given if self._detokenizes else 0, *times, self._number)
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> Any:
