@@ -13,7 +13,8 @@ from typing import Any
 
 import zmq
 
-from shared import logs, sockets
+from shared import blobs, logs, sockets
+from shared.blobs import Blob
 from shared.errors import Code, RequestError
 from shared.frames import (
     PROTOCOL,
@@ -245,14 +246,16 @@ class EngineClient:
         return self._decoder.dropped
 
     def submit(self, payload: dict[str, Any], context: str = "") -> Stream:
-        """Start a request; ``context``: what its frontend calls it.
+        """Start a request; ``context``: what its frontend calls it. The payload's ``blobs`` travel beside its frame.
 
         Raises RequestError: ENGINE_DEAD when no engine is welcomed, INVALID for what no frame can carry.
         """
         if self.welcome is None:
             raise RequestError(Code.ENGINE_DEAD, "no engine is up")
         stream = Stream(self, uuid.uuid4().hex)
-        if not self.send(Submit(self.welcome.incarnation, stream.rid, payload, context)):
+        plain, parts = blobs.take(payload)
+        assert plain is not None
+        if not self.send(Submit(self.welcome.incarnation, stream.rid, plain, context, len(parts)), parts):
             raise RequestError(Code.OVERLOADED, "the engine's socket takes no more requests now")
         self._streams[stream.rid] = stream
         return stream
@@ -274,19 +277,26 @@ class EngineClient:
         finally:
             self._controls.pop(number, None)
 
-    def send(self, frame: Frame) -> bool:
-        """Send a frame; False when the engine can't take it now. Raises RequestError(INVALID) for what no frame can carry."""
+    def send(self, frame: Frame, parts: Sequence[Blob] = ()) -> bool:
+        """Send a frame and parts behind it; False when the engine can't take it now.
+
+        Raises RequestError(INVALID) for what no frame can carry.
+        """
         if self._socket is None:
             return False
         try:
             data = encode(frame)
         except UNENCODABLE as error:
             raise RequestError(Code.INVALID, f"a value of the request can't be passed on: {error}") from None
-        if len(data) > REQUEST_MAX_BYTES:
+        largest = max(len(data), *map(len, parts)) if parts else len(data)
+        if largest > REQUEST_MAX_BYTES:
             # It would cost every stream of this process its connection.
-            raise RequestError(Code.INVALID, f"the request has {len(data)} bytes, {REQUEST_MAX_BYTES} at most")
+            raise RequestError(Code.INVALID, f"a part of the request has {largest} bytes, {REQUEST_MAX_BYTES} at most")
         try:
-            self._socket.send([data])
+            if parts:
+                self._socket.send_large([data, *parts])
+            else:
+                self._socket.send([data])
         except zmq.Again:
             return False
         return True
@@ -297,6 +307,12 @@ class EngineClient:
     def _receive(self, parts: list[bytes]) -> None:
         frame = self._decoder.decode(parts[0])
         if isinstance(frame, Step):
+            if len(parts) > 1:
+                try:
+                    blobs.attach(frame.outputs, parts[1:])
+                except ValueError as error:
+                    self._decoder.drop(str(error))
+                    return
             self._step(frame)
         elif isinstance(frame, Failed):
             stream = self._streams.get(frame.rid)

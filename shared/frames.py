@@ -44,6 +44,8 @@ class Submit(Frame, tag="Submit"):
     payload: dict[str, Any]
     context: str = ""
     """The frontend's id of the request, for the log."""
+    blobs: int = 0
+    """How many parts of the message follow this one: ``payload["blobs"]``, media as they are (shared.blobs)."""
 
 
 class Abort(Frame, tag="Abort"):
@@ -109,6 +111,8 @@ class EngineFacts(Frame, tag="EngineFacts"):
     """Metadata goes to the client's own store when a request says so (--enable-rl)."""
     max_loras: int | None = None
     """Adapters that a batch may use; None when the engine serves none."""
+    media: list[str] = []
+    """Kinds of media that the model takes: ``image``, ``video``, ``audio``."""
 
 
 class Welcome(Frame, tag="Welcome"):
@@ -141,6 +145,8 @@ class Output(Frame, tag="Output"):
     meta: dict[str, Any] | None = None
     text: str | None = None
     """New text, in text mode only."""
+    blobs: int = 0
+    """How many of the message's further parts are this output's ``meta["blobs"]``, in the order of the step's outputs."""
 
 
 class Step(Frame, tag="Step"):

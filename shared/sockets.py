@@ -6,13 +6,14 @@ The token path uses raw sockets on the loop's reader: zmq.asyncio costs 35-40 % 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import msgspec
 import zmq
 
+from shared.blobs import Blob
 from shared.errors import NodeError
 
 IPC_PATH_LIMIT = 107
@@ -23,7 +24,7 @@ REQUEST_HWM = 100_000
 STATE_HWM = 1_000
 """Beats are repeated; a subscriber that is 1,000 behind needs the newest, not the oldest."""
 REQUEST_MAX_BYTES = 64 << 20
-"""One Submit at most: a 1 M token prompt is about 5 MB in msgpack; the rest is room for media."""
+"""One part of a message at most: a 1 M token prompt is about 5 MB in msgpack; the rest is room for media."""
 STATE_MAX_BYTES = 1 << 20
 """A state frame is a few hundred bytes."""
 
@@ -110,9 +111,14 @@ class LoopSocket:
         self._loop.add_reader(self._fd, self._drain)
         self._schedule()
 
-    def send(self, parts: list[bytes]) -> None:
+    def send(self, parts: Sequence[Blob]) -> None:
         """Send without blocking. Raises zmq.Again when the peer is full, zmq.ZMQError when it is gone (ROUTER)."""
         self.sock.send_multipart(parts, zmq.NOBLOCK)
+        self._schedule()
+
+    def send_large(self, parts: Sequence[Blob]) -> None:
+        """As ``send``; parts of 64 KiB and more are not copied, and must not change afterwards."""
+        self.sock.send_multipart(parts, zmq.NOBLOCK, copy=False)
         self._schedule()
 
     def close(self, linger: int = 0) -> None:

@@ -8,13 +8,15 @@ nothing for ``STALL_SECONDS`` is cut off alone.
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
 
 from procs.engine.backend import Backend
+from shared import blobs
+from shared.blobs import Blob
 from shared.errors import Code, RequestError
 from shared.frames import (
     PROTOCOL,
@@ -37,7 +39,7 @@ from shared.frames import (
 )
 from shared.heart import Heart
 from shared.merge import merge
-from shared.sockets import UNENCODABLE, Decoder, LoopSocket, encode
+from shared.sockets import REQUEST_MAX_BYTES, UNENCODABLE, Decoder, LoopSocket, encode
 from shared.state import UP, State
 
 WINDOW = 64
@@ -61,6 +63,8 @@ class Peer:
     waiting: dict[str, Output] = field(default_factory=dict)
     rids: set[str] = field(default_factory=set)
     flushing: bool = False
+    has_blobs: bool = False
+    """Something of it had: the steps of one that has tokens only needn't be searched for them."""
     blocked_since: float | None = None
 
 
@@ -133,13 +137,18 @@ class Service:
     # --- what arrives ------------------------------------------------------------------------------------------------
 
     def _receive(self, parts: list[bytes]) -> None:
-        if len(parts) != 2:
+        if len(parts) < 2:
             self._decoder.drop(f"{len(parts)} parts instead of 2")
             return
-        identity, data = parts
+        identity, data, *extra = parts
         frame = self._decoder.decode(data)
         if frame is None:
             return
+        if len(extra) != (frame.blobs if isinstance(frame, Submit) else 0):
+            self._decoder.drop(f"{len(extra)} parts too many or too few behind a {type(frame).__name__}")
+            return
+        if extra:
+            frame.payload[blobs.BLOBS] = extra
         if isinstance(frame, Hello):
             self._hello(identity, frame)
             return
@@ -228,6 +237,8 @@ class Service:
             if finish.get("type") == "abort":
                 ids = {"rid": rid, "request_id": stream.context}
                 logging.info("Aborted Request ID: %s, Context: %s, after %d tokens", rid, stream.context, stream.sent, extra=ids)
+        if meta is not None and blobs.BLOBS in meta:
+            peer.has_blobs = True
         older = peer.waiting.get(rid)
         peer.waiting[rid] = output if older is None else merge(older, output)
         if not peer.flushing:
@@ -295,15 +306,20 @@ class Service:
     def _send_step(self, peer: Peer, outputs: list[Output]) -> None:
         """An output that no frame can carry ends its own request; the others of the step go."""
         peer.sent += 1
+        parts = blobs.detach(outputs) if peer.has_blobs else []
         try:
-            self._send(peer.identity, Step(self._incarnation, peer.sent, outputs))
+            self._send(peer.identity, Step(self._incarnation, peer.sent, outputs), parts)
         except UNENCODABLE:
+            blobs.attach(outputs, parts)
             good = [output for output in outputs if not self._unencodable(peer, output)]
-            self._send(peer.identity, Step(self._incarnation, peer.sent, good))
+            parts = blobs.detach(good)
+            self._send(peer.identity, Step(self._incarnation, peer.sent, good), parts)
 
     def _unencodable(self, peer: Peer, output: Output) -> bool:
+        plain, parts = blobs.take(output.meta)
         try:
-            encode(output)
+            encode([output.finish, plain, output.token_ids, output.text])
+            _check_sizes(parts)
         except UNENCODABLE as error:
             logging.error("request %s: %s: %s", output.rid, type(error).__name__, error)
             if self._streams.pop(output.rid, None) is not None:
@@ -313,11 +329,16 @@ class Service:
             return True
         return False
 
-    def _send(self, identity: bytes, frame: FromEngine) -> None:
+    def _send(self, identity: bytes, frame: FromEngine, parts: Sequence[Blob] = ()) -> None:
         if self._socket is None:
             return
+        data = encode(frame)
+        _check_sizes(parts)
         try:
-            self._socket.send([identity, encode(frame)])
+            if parts:
+                self._socket.send_large([identity, data, *parts])
+            else:
+                self._socket.send([identity, data])
         except zmq.ZMQError as error:
             # EHOSTUNREACH: the peer is gone. EAGAIN can't happen within the window, so it counts as gone as well.
             peer = self._peers.get(identity)
@@ -349,3 +370,10 @@ class Service:
                 peer.waiting.clear()
                 peer.blocked_since = None
         self._watch = self._loop.call_later(WATCH_SECONDS, self._watch_stalls)
+
+
+def _check_sizes(parts: Sequence[Blob]) -> None:
+    """Raises ValueError for a part that would cost its peer the connection."""
+    largest = max(map(len, parts), default=0)
+    if largest > REQUEST_MAX_BYTES:
+        raise ValueError(f"{largest} bytes, {REQUEST_MAX_BYTES} at most")

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ import requests
 from tests import aborts
 from tests.e2e.conftest import MODEL, NEW_TOKENS, PROMPTS
 from tests.frontend import Frontend
-from tests.harness import CPU, ONE_THREAD, Node, instances, model_cards, send, wait_for
+from tests.harness import CPU, ONE_THREAD, Deadline, Node, instances, model_cards, send, wait_for
 from tests.streams import Streams
 
 STREAMS = 8
@@ -36,16 +37,26 @@ class Pair:
     failing: Frontend
     migrating: Frontend
 
-    def whole(self) -> None:
-        """Wait until both serve and the frontends know it."""
-        for node in (self.prefill, self.decode):
+    def whole(self, prefill: int = 1, decode: int = 1) -> None:
+        """Wait until both serve, in at least that incarnation, and the frontends know it."""
+        for node, life in ((self.prefill, prefill), (self.decode, decode)):
+            wait_for(f"incarnation {life} of {node.name}", partial(_lives, node, life), 30)
             node.wait_ready(240)
         wait_for("both workers", lambda: len(instances(self.decode, self.store)) == 2, 20)
 
-        def answers() -> bool:
-            return complete(self.failing.url, [20, 30], 2).status_code == 200
+        last = ""
 
-        wait_for("a request that goes through both", answers, 60, every=0.2)
+        def answers() -> bool:
+            nonlocal last
+            answer = complete(self.failing.url, [20, 30], 2)
+            last = answer.text
+            return answer.status_code == 200
+
+        try:
+            wait_for("a request that goes through both", answers, 60, every=0.2)
+        except Deadline as error:
+            said = [f"{node.name}: {json.dumps(node.status())}\n{node.logs()}" for node in (self.prefill, self.decode)]
+            raise AssertionError("\n".join([f"{error}; the last answer: {last}", *said])) from error
 
 
 def complete(url: str, prompt: list[int], tokens: int) -> requests.Response:
@@ -62,6 +73,11 @@ def scheduler(node: Node) -> int:
     """The pid of the engine's scheduler."""
     children = psutil.Process(node.pid("engine")).children(recursive=True)
     return next(child.pid for child in children if "scheduler" in " ".join(child.cmdline()))
+
+
+def _lives(node: Node, incarnation: int) -> bool:
+    """What the status says just after a death is still the life before."""
+    return int(node.status().get("incarnation") or 0) >= incarnation
 
 
 def inflight(node: Node) -> int:
@@ -163,7 +179,7 @@ def test_a_killed_prefill_ends_what_waits_for_it_and_decode_goes_on(pair: Pair) 
     wait_for("decode holds only what ran before", lambda: inflight(pair.decode) <= 2, 10)
     assert all(result.complete for result in streams.join(120)), "what decode had already goes on"
     assert pair.decode.status()["incarnation"] == 1 and pair.decode.status()["state"] == "ready"
-    pair.whole()
+    pair.whole(prefill=2)
 
 
 def test_a_killed_decode_ends_its_streams_and_prefill_goes_on(pair: Pair) -> None:
@@ -178,7 +194,7 @@ def test_a_killed_decode_ends_its_streams_and_prefill_goes_on(pair: Pair) -> Non
     print(f"a killed decode: clients' errors after {max(result.ended for result in results) - died:.3f} s")
     assert max(result.ended for result in results) - died < DEADLINE_SECONDS + HANDLED_SECONDS
     assert pair.prefill.status()["incarnation"] == incarnation and pair.prefill.status()["state"] == "ready"
-    pair.whole()
+    pair.whole(decode=2)
 
 
 def test_sigterm_on_prefill_waits_for_its_transfers(pair: Pair) -> None:

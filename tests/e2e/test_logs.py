@@ -65,7 +65,9 @@ def test_one_trace_goes_through_frontend_agent_and_sglang(node: Node, collector:
         ours = [span for span in collector.spans if span.name == "sgnode.request"]
         request = [span for span in ours if span.attributes.get("x_request_id") == request_id]
         mine = [span for span in collector.spans if request and span.trace == request[0].trace]
-        return mine if {"sgnode", "sglang", "dynamo"} <= {span.service for span in mine} else None
+        # SGLang's inner spans end, and are sent, before the one that is a child of ours.
+        whole = any(span.parent == request[0].id for span in mine)
+        return mine if whole and {"sgnode", "sglang", "dynamo"} <= {span.service for span in mine} else None
 
     found = wait_for("spans of all", trace, 20, every=0.1)
     [request] = [span for span in found if span.name == "sgnode.request"]

@@ -10,6 +10,7 @@ import pytest
 from shared.engine_client import EngineClient
 from shared.errors import Code, RequestError
 from shared.frames import Beat, Death, Output, Step
+from shared.sockets import REQUEST_MAX_BYTES
 from shared.state import BEAT_DEADLINE_SECONDS
 from tests.unit.test_service import INCARNATION, Bench, bench_at
 
@@ -64,6 +65,41 @@ def test_credit_keeps_a_long_stream_flowing(tmp_path: Path) -> None:
         tokens = [token async for output in stream for token in output.token_ids]
         await producing
         assert tokens == list(range(500))
+
+    run(tmp_path, test)
+
+
+def test_blobs_travel_beside_their_frames(tmp_path: Path) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        image, clip = bytes(range(256)) * 4096, b"short"
+        payload = {"input_ids": [1], "blobs": [image, memoryview(clip)]}
+        streams = [client.submit(payload), client.submit({"input_ids": [2]})]
+        await bench.until(lambda: len(bench.backend.submitted) == 2)
+        submitted = [bench.backend.submitted[stream.rid] for stream in streams]
+        assert submitted[0] == {"input_ids": [1], "blobs": [image, clip]} and submitted[1] == {"input_ids": [2]}
+        assert payload["blobs"] == [image, clip], "the payload is as it was"
+        for stream, meta in zip(streams, ({"blobs": [image, image], "kind": "png"}, {"blobs": [clip]}), strict=True):
+            bench.service.output(stream.rid, [], {"type": "stop"}, meta)
+        answers = [await anext(aiter(stream)) for stream in streams]
+        assert answers[0].meta == {"blobs": [image, image], "kind": "png"} and answers[1].meta == {"blobs": [clip]}
+
+    run(tmp_path, test)
+
+
+def test_a_blob_past_the_bound_costs_its_own_request_alone(tmp_path: Path) -> None:
+    async def test(bench: Bench, client: EngineClient) -> None:
+        large = bytes(REQUEST_MAX_BYTES + 1)
+        with pytest.raises(RequestError) as caught:
+            client.submit({"blobs": [large]})
+        assert caught.value.code == Code.INVALID
+        bad, good = client.submit({}), client.submit({})
+        await bench.until(lambda: len(bench.backend.submitted) == 2)
+        bench.service.output(bad.rid, [], {"type": "stop"}, {"blobs": [large]})
+        bench.service.output(good.rid, [], {"type": "stop"}, {"blobs": [b"small"]})
+        assert [output.meta async for output in good] == [{"blobs": [b"small"]}]
+        with pytest.raises(RequestError) as caught:
+            await anext(aiter(bad))
+        assert caught.value.code == Code.INTERNAL and "at most" in caught.value.message
 
     run(tmp_path, test)
 
