@@ -56,6 +56,23 @@ class Synthetic(msgspec.Struct, frozen=True, kw_only=True):
     """Child processes, standing where SGLang has its scheduler and detokenizer."""
 
 
+class MediaLimits(msgspec.Struct, frozen=True):
+    """Bounds of what clients may send as images, videos, audio. An item: DYN_MM_MAX_FILE_SIZE_MB, DYN_MM_MAX_DATA_URL_MB."""
+
+    max_items: int = 32
+    """Of one request."""
+    per_kind: dict[str, int] = {}
+    """The same for each kind (SGLang's --limit-mm-data-per-request)."""
+    max_pixels: int = 64_000_000
+    """Of one image: it takes 3 bytes each, decoded."""
+    timeout: float = 30.0
+    """Seconds to fetch one item."""
+    memory_bytes: int = 1 << 30
+    """All that an agent may hold at a time for requests that the engine has not answered."""
+    domains: list[str] = []
+    """Where media may come from (SGLang's --allowed-media-domains); empty: from any public address."""
+
+
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One node. Ports are resolved (never 0). Durations in seconds."""
 
@@ -110,6 +127,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """DYN_HEALTH_CHECK_ENABLED=false: each engine's first canaries only."""
     health_check_payload: dict[str, Any] | None = None
     """The operator's canary, as a request of Dynamo's."""
+    media: MediaLimits = MediaLimits()
     health_path: str = "/health"
     live_path: str = "/live"
     starting_status: str = "notready"

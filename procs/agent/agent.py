@@ -15,6 +15,7 @@ from procs.agent.controls import Controls
 from procs.agent.drain import Drain
 from procs.agent.handler import Handler
 from procs.agent.identity import Identity
+from procs.agent.media import Intake
 from procs.agent.reach import endpoints, reachable
 from procs.agent.tracing import make as make_tracing
 from shared.config import NodeConfig
@@ -74,6 +75,7 @@ class Agent:
         self._client = EngineClient(config.path, self._name)
         self._client.on_change = self._changed.set
         self._handler = Handler(self._client, role, lambda: self._refusing)
+        self._handler.intake = Intake(config.media) if role.takes_media else None
         self._handler.on_change = self._changed.set
         self._handler.tracing = make_tracing(self._name, config.name)
         self._heart.numbers = self._numbers

@@ -3,19 +3,21 @@
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from procs.agent.egress import Egress, Sender
 from procs.agent.failures import abort_exception, exception
 from procs.agent.latency import Latency
+from procs.agent.media import Intake
 from procs.agent.peers import Peers
 from procs.agent.tracing import RequestSpan, Tracing, prompt_tokens
 from shared.engine_client import EngineClient, Stream, interleaved
 from shared.errors import Code, RequestError
 from shared.frames import Output
-from shared.roles.role import Asked, Chunk, Payload, Role
+from shared.roles import media
+from shared.roles.role import Asked, Chunk, Media, Payload, Role
 
 
 class Handler:
@@ -30,6 +32,8 @@ class Handler:
         self._egress: Egress | None = None
         self.peers = Peers()
         self.tracing: Tracing | None = None
+        self.intake: Intake | None = None
+        """Fetches requests' media; None for a role that takes none."""
         self.latency = Latency()
         self.running = 0
         self.total = 0
@@ -47,7 +51,7 @@ class Handler:
         return self._pulled(request, context) if response_sender is None else self._pushed(request, context, response_sender)
 
     async def _pulled(self, request: dict[str, Any], context: Any) -> AsyncIterator[Chunk]:
-        with self._answering(request, context) as answer:
+        async with self._answering(request, context) as answer:
             if answer.opening is not None:
                 yield answer.opening
             async for index, output in interleaved(answer.streams):
@@ -56,16 +60,17 @@ class Handler:
                     yield chunk
 
     async def _pushed(self, request: dict[str, Any], context: Any, sender: Sender) -> AsyncIterator[Chunk]:
-        with self._answering(request, context) as answer:
+        async with self._answering(request, context) as answer:
             if self._egress is None:
                 self._egress = Egress(self.latency.clock)
                 gc.freeze()  # what start-up made stays: a collection that looks at it holds every stream for 6 ms
-            await self._egress.response(sender, answer.streams, answer.chunk).run(answer.opening)
+            if answer.streams:
+                await self._egress.response(sender, answer.streams, answer.chunk).run(answer.opening)
         return
         yield  # Dynamo wants a generator
 
-    @contextmanager
-    def _answering(self, request: dict[str, Any], context: Any) -> Iterator["_Answer"]:
+    @asynccontextmanager
+    async def _answering(self, request: dict[str, Any], context: Any) -> AsyncIterator["_Answer"]:
         """A request from its arrival to its end, submitted. What it raises is Dynamo's."""
         self.running += 1
         self.total += 1
@@ -76,7 +81,12 @@ class Handler:
             if self.tracing is not None:
                 answer.span = span = self.tracing.begin(context.id(), headers, prompt_tokens(request))
                 headers = span.headers
-            answer.asked, answer.opening = self._submit(request, context, headers, answer.streams)
+            if self.intake is not None and isinstance(request, dict) and request.get(media.DATA):
+                answer.media = await self._gather(self.intake, request, context)
+                if answer.media is None:
+                    yield answer  # the client has gone: there is nothing to answer
+                    return
+            answer.asked, answer.opening = self._submit(request, context, headers, answer)
             if span is not None:
                 span.submitted(answer.streams[0].rid)
             answer.listen_for_its_end()
@@ -93,6 +103,7 @@ class Handler:
             if span is not None:
                 span.end()
             answer.close()
+            self._release(answer)
             for stream in answer.streams:
                 stream.abort()
                 self.peers.release(stream)
@@ -100,10 +111,30 @@ class Handler:
             self.running -= 1
             self.on_change()
 
+    async def _gather(self, intake: Intake, request: dict[str, Any], context: Any) -> Media | None:
+        """The request's media; None when the client has gone meanwhile. Raises RequestError."""
+        if reason := self._refuse():
+            raise RequestError(Code.DRAINING, reason)
+        gathering = asyncio.ensure_future(intake.gather(request[media.DATA]))
+        gone = asyncio.ensure_future(context.async_killed_or_stopped())
+        try:
+            await asyncio.wait((gathering, gone), return_when=asyncio.FIRST_COMPLETED)
+            return gathering.result() if gathering.done() else None
+        finally:
+            gone.cancel()
+            if not gathering.done():
+                gathering.cancel()
+
+    def _release(self, answer: "_Answer") -> None:
+        """The engine has read this request's media, or nobody will."""
+        if answer.media is not None and self.intake is not None:
+            self.intake.release(answer.media)
+
     def _submit(
-        self, request: dict[str, Any], context: Any, headers: dict[str, str] | None, streams: list[Stream]
+        self, request: dict[str, Any], context: Any, headers: dict[str, str] | None, answer: "_Answer"
     ) -> tuple[Asked, Chunk | None]:
-        """Submit every sample; ``streams`` has those that were, also when one is refused. ``headers``: of the trace."""
+        """Submit every sample; ``answer`` has those that were, also when one is refused. ``headers``: of the trace."""
+        streams = answer.streams
         context_id = context.id()
         headers = headers or {}
         client = headers.get("x-request-id", "")
@@ -116,7 +147,7 @@ class Handler:
         facts = self._client.welcome.facts
         if not isinstance(request, dict):
             raise RequestError(Code.INVALID, "invalid request: expected an object")
-        asked = Asked(request, facts, context_id, headers or None if facts.traces else None)
+        asked = Asked(request, facts, context_id, headers or None if facts.traces else None, media=answer.media)
         try:
             payloads = self.role.to_engine(asked)
             opening = self.role.opening(asked, payloads[0])
@@ -160,7 +191,7 @@ class _Answer:
     """One request's outputs on their way to chunks."""
 
     asked: Asked
-    opening: Chunk | None
+    opening: Chunk | None = None
 
     def __init__(self, handler: Handler, context: Any) -> None:
         self._handler = handler
@@ -171,6 +202,7 @@ class _Answer:
         self._killed: asyncio.Future[Any] | None = None
         self._nobody_listens = False
         self.streams: list[Stream] = []
+        self.media: Media | None = None
         self.span: RequestSpan | None = None
         self.started = False
 
@@ -208,6 +240,8 @@ class _Answer:
         self._timing.chunk(index, len(output.token_ids), now)
         if not self.started:
             self.started = True
+            if self.media is not None:
+                handler._release(self)
             self._context.notify_first_token()
         if chunk is not None and self._on_chunk is not None:
             self._on_chunk(chunk)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from procs.cli import health
-from shared.config import Synthetic
+from shared.config import MediaLimits, Synthetic
 from shared.errors import NodeError
 from shared.logs import JSONL, READABLE
 
@@ -56,6 +56,8 @@ class NodeFlags:
     group_key_file: str | None
     group_deadline: float
     synthetic: Synthetic | None
+    media: dict[str, Any]
+    """Fields of MediaLimits that are the node's flags."""
     console: bool
     log_format: str | None
     worker_argv: list[str]
@@ -166,6 +168,25 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
         default=2.0,
         help="seconds without a sign of life of another node that end the epoch everywhere (default: %(default)g)",
     )
+    limits, bounds = made.add_argument_group("images, videos and audio in requests"), MediaLimits()
+    limits.add_argument(
+        "--media-max-items", type=count, default=bounds.max_items, help="of one request, at most (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--media-max-megapixels",
+        type=count,
+        default=bounds.max_pixels // 1_000_000,
+        help="of one image, at most (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--media-timeout", type=_seconds, default=bounds.timeout, help="seconds to fetch one item (default: %(default)g)"
+    )
+    limits.add_argument(
+        "--media-memory-mb",
+        type=count,
+        default=bounds.memory_bytes >> 20,
+        help="what an agent holds of them at a time, at most; past it requests go elsewhere (default: %(default)s)",
+    )
     add(
         "--log-format",
         choices=(READABLE, JSONL),
@@ -209,6 +230,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> NodeF
         group_key_file=found.group_key_file,
         group_deadline=found.group_deadline,
         synthetic=found.synthetic,
+        media={
+            "max_items": found.media_max_items,
+            "max_pixels": found.media_max_megapixels * 1_000_000,
+            "timeout": found.media_timeout,
+            "memory_bytes": found.media_memory_mb << 20,
+        },
         console=found.console,
         log_format=found.log_format,
         worker_argv=_model_flag(rest),

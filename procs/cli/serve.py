@@ -26,7 +26,7 @@ from procs.plugin.facts import uptime
 from shared import config as configuration
 from shared import environment, logs, roles
 from shared import group_key as key
-from shared.config import DISCOVERY_DIR, RUNTIME_DIR_VARIABLE, SUPERVISOR_CONF, TEMPORARY_DIR, NodeConfig
+from shared.config import DISCOVERY_DIR, RUNTIME_DIR_VARIABLE, SUPERVISOR_CONF, TEMPORARY_DIR, MediaLimits, NodeConfig
 from shared.errors import NodeError
 
 CPU_DEFAULTS = {
@@ -212,6 +212,7 @@ def resolve(
         drain_grace=found.drain_grace,
         drain_timeout=found.drain_timeout,
         hang_timeout=found.hang_timeout,
+        media=MediaLimits(**found.media, **worker.pop("media", {})),
         **found.health,
         group_port=found.group_port,
         group_key_file=None if found.group_key_file is None else str(Path(found.group_key_file).absolute()),

@@ -169,6 +169,10 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
         "gateway_workers": _gateway_workers(server, dynamo),
         "model_path": server.model_path,
         "served_model_name": server.served_model_name,
+        "media": {
+            "per_kind": getattr(server, "limit_mm_data_per_request", None) or {},
+            "domains": list(getattr(server, "allowed_media_domains", None) or ()),
+        },
         "enable_metrics": bool(server.enable_metrics),
         "tp_size": server.tp_size,
         "dp_size": server.dp_size,

@@ -1,7 +1,7 @@
 """Role ``aggregated``: prefill and decode in one engine, tokens in, tokens out (dynamo.sglang 1.6.1, DecodeWorkerHandler)."""
 
 from shared.frames import Output
-from shared.roles import native, request, tokens
+from shared.roles import media, native, request, tokens
 from shared.roles.role import Asked, Chunk, Payload, Role
 
 
@@ -11,7 +11,8 @@ def to_engine(asked: Asked) -> list[Payload]:
     tokens.check(read, asked)
     if (body := native.body(asked)) is not None:
         return native.to_engine(body, read, asked)
-    return tokens.samples(tokens.payload_of(read, asked), read.sampling_options, asked)
+    payload = {**tokens.payload_of(read, asked), **media.hashes(asked)}
+    return tokens.samples(payload, read.sampling_options, asked)
 
 
 def to_dynamo(output: Output, index: int, asked: Asked) -> Chunk | None:
@@ -30,4 +31,5 @@ AGGREGATED = Role(
     to_dynamo=to_dynamo,
     canary=tokens.canary_payload,
     canary_request=tokens.canary_request,
+    takes_media=True,
 )

@@ -76,4 +76,5 @@ DECODE = Role(
     to_dynamo=to_dynamo,
     canary=canary,
     canary_request=canary_request,
+    takes_media=True,
 )

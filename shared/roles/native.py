@@ -7,11 +7,13 @@ from typing import Any
 
 from shared.errors import Code, RequestError
 from shared.frames import Output
-from shared.roles import tokens
+from shared.roles import media, tokens
 from shared.roles.request import TokenRequest
 from shared.roles.role import Asked, Payload
 
 FIELD = "sglang_tito"
+MEDIA = ("image_data", "video_data", "audio_data")
+"""Fields of that request that no worker takes."""
 
 
 def body(asked: Asked) -> dict[str, Any] | None:
@@ -25,6 +27,10 @@ def to_engine(
     body: dict[str, Any], read: TokenRequest, asked: Asked, *, overrides: dict[str, Any] | None = None, **more: Any
 ) -> list[Payload]:
     """One payload a sample. ``overrides``: of its sampling parameters; ``more``: of GenerateReqInput's fields."""
+    media.refuse(asked.request)
+    if given := [name for name in MEDIA if body.get(name)]:
+        # SGLang would open and fetch whatever it names.
+        raise RequestError(Code.INVALID, f"{given[0]}: media are taken by /v1/chat/completions")
     params = body.get("sampling_params")
     if params is not None and not isinstance(params, dict):
         raise RequestError(Code.INVALID, "sampling_params: expected an object")

@@ -71,5 +71,6 @@ PREFILL = Role(
     to_dynamo=to_dynamo,
     canary=canary,
     canary_request=canary_request,
+    takes_media=True,
     opening=opening,
 )

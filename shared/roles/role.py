@@ -12,6 +12,7 @@ Payload = dict[str, Any]
 ``generate``: the rest are keyword arguments of SGLang's ``Engine.async_generate``; ``asks`` holds fields of Dynamo's request
 that only SGLang's process can judge (procs.engine.adapter.asks). ``text``: the same with a ``request`` in OpenAI's form, whose
 prompt is rendered there, and text as output. ``native``: SGLang's own GenerateReqInput. ``embed``: SGLang's EmbeddingReqInput.
+``media`` and ``blobs``: the kinds and the contents of a ``generate``'s media (shared.roles.media).
 ``detokenize``: a ``generate`` that goes through SGLang's detokenizer, as those with text do; ids need it not.
 """
 Request = dict[str, Any]
@@ -24,6 +25,16 @@ CONTROL_ENDPOINTS = ("load_lora", "unload_lora", "list_loras", "clear_kv_blocks"
 
 
 @dataclass(slots=True)
+class Media:
+    """One request's media. ``kinds[i]`` (image, video, audio) is what ``blobs[i]`` holds: the file as it is, not decoded."""
+
+    kinds: list[str]
+    blobs: list[bytes]
+    held: int = 0
+    """Bytes that count against the agent's bound (procs.agent.media)."""
+
+
+@dataclass(slots=True)
 class Asked:
     """One request with what its translation depends on."""
 
@@ -32,6 +43,8 @@ class Asked:
     context_id: str = ""
     trace: dict[str, str] | None = None
     """Trace headers for the engine, when it traces."""
+    media: Media | None = None
+    """What its references stand for, fetched."""
     kept: dict[str, Any] = field(default_factory=dict)
     """What ``to_engine`` leaves for ``to_dynamo``."""
 
@@ -63,5 +76,7 @@ class Role:
     """The same as a Dynamo request, for Dynamo's own health check of the endpoint (DYN_HEALTH_CHECK_ENABLED)."""
     opening: Callable[[Asked, Payload], Chunk | None] = _nothing
     """A chunk that leaves as soon as the request is submitted, before the engine has said anything."""
+    takes_media: bool = False
+    """Images, videos and audio of a request are fetched for it, where its model takes them."""
     generates: bool = True
     """Tokens come out: it has the endpoints for adapters and for the KV cache, and the engine-native generate."""

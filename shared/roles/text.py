@@ -6,7 +6,7 @@ from typing import Any
 
 from shared.errors import Code, RequestError
 from shared.frames import EngineFacts, Output
-from shared.roles import decode, tokens
+from shared.roles import decode, media, tokens
 from shared.roles.request import Bootstrap, Count, Routing, SamplingOptions, TokenRequest, typed
 from shared.roles.role import Asked, Chunk, Payload, Request, Role
 
@@ -51,7 +51,7 @@ def _to_engine(asked: Asked, *, disaggregated: bool) -> list[Payload]:
     read = typed(request, ChatRequest)
     if not any(name in request for name in RENDERED[:3]):
         raise RequestError(Code.INVALID, "No input parameter found in request: expected messages, prompt or text")
-    tokens.reject_media({**request, "extra_args": {"messages": request.get("messages")}})
+    media.refuse({**request, "extra_args": {"messages": request.get("messages")}})
     sampling = SamplingOptions(**{name: getattr(read, name) for name in (*tokens.SAMPLING_FIELDS, "n", "seed")})
     sampling.guided_decoding = read.guided_decoding
     params = tokens.sampling_params(TokenRequest(sampling_options=sampling), asked.facts)

@@ -7,6 +7,7 @@ from typing import Any
 
 from shared.errors import Code, RequestError
 from shared.frames import EngineFacts, Output
+from shared.roles import media
 from shared.roles.request import SamplingOptions, StopConditions, TokenRequest
 from shared.roles.role import Asked, Payload, Request
 
@@ -19,13 +20,10 @@ UNSET_DP_RANK = 2**32 - 1
 ASKED = ("model", "require_reasoning", "stop_conditions", "thinking_token_budget", "nvext", "agent_context")
 """Fields that go along in ``asks``."""
 BYPASS_PREFILL = "x-bypass-remote-prefill"
-MEDIA = "multi_modal_data"
-MEDIA_PARTS = ("image_url", "video_url", "audio_url", "input_audio")
-"""Types of a message's parts that are media."""
 
 
 def check(read: TokenRequest, asked: Asked) -> None:
-    """Refuse what no text worker can serve. Raises RequestError(INVALID)."""
+    """Refuse what no worker can serve. Raises RequestError(INVALID)."""
     if not read.token_ids:
         raise RequestError(Code.INVALID, "token_ids: expected a non-empty list of token ids")
     largest = max(read.token_ids)
@@ -33,25 +31,7 @@ def check(read: TokenRequest, asked: Asked) -> None:
         raise RequestError(Code.INVALID, f"token_ids: Token id {largest} is out of vocabulary")
     if BYPASS_PREFILL in (read.annotations or ()):
         raise RequestError(Code.INVALID, f"annotation {BYPASS_PREFILL!r}: SGLang does not support conditional disaggregation yet")
-    reject_media(asked.request)
-
-
-def reject_media(request: Request) -> None:
-    """Media for a worker that serves text only is refused, never ignored. Raises RequestError(INVALID)."""
-    media = request.get(MEDIA)
-    kinds = {kind for kind, items in media.items() if items} if isinstance(media, dict) else {MEDIA} if media else set()
-    extra = request.get("extra_args")
-    messages = (extra.get("messages") if isinstance(extra, dict) else None) or request.get("messages")
-    for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind in MEDIA_PARTS:
-                kinds.add(kind)
-    if kinds:
-        kind = min(str(kind) for kind in kinds)
-        what = f"Model does not accept {kind.removesuffix('_url')} input; received unsupported content type '{kind}'."
-        raise RequestError(Code.INVALID, what)
+    media.check(asked)
 
 
 def payload_of(read: TokenRequest, asked: Asked) -> Payload:
@@ -65,6 +45,7 @@ def payload_of(read: TokenRequest, asked: Asked) -> Payload:
         payload["cache_salt"] = salt
     if asked.trace:
         payload["external_trace_header"] = asked.trace
+    payload.update(media.arguments(asked))
     return payload
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from shared.errors import Code, RequestError
 
-OPTIONAL = ("priority", "disagg_prefill_dp_rank")
+OPTIONAL = ("priority", "disagg_prefill_dp_rank", "mm_hashes")
 """Arguments that an older SGLang doesn't have and a request can do without."""
 
 

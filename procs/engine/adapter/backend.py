@@ -108,6 +108,10 @@ class SglangBackend:
         if hasattr(self._manager, "readers"):  # with several tokenizer workers it is another class
             self._readers = self._manager.readers
             self._manager.step = sink.step
+        if self.facts.media:
+            from dynamo.sglang._compat import supports_external_mm_hashes
+
+            supports_external_mm_hashes(self._engine)
         asks = Asks(self._engine, self._server_args, self._routes.lora_id_for_name)
         self._calls = Calls(self._engine, asks)
         if self.facts.traces:

@@ -4,6 +4,7 @@ import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
+from procs.engine.adapter import media
 from procs.engine.adapter.asks import Asks
 from shared.errors import Code, RequestError
 
@@ -37,6 +38,7 @@ class Calls:
             case "text":
                 prompt = self._prompts.get_input_param(payload.pop("request"), use_tokenizer=True)
                 payload["prompt" if isinstance(prompt, str) else "input_ids"] = prompt
+        media.settle(payload, self._manager)
         self._asks.settle(payload)
         stream: AsyncIterator[Answer] = await self._engine.async_generate(**payload, rid=rid, stream=True)
         return stream

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+from procs.engine.adapter import media
 from shared import roles
 from shared.config import NodeConfig
 from shared.frames import EngineFacts
@@ -65,6 +66,7 @@ def leader(config: NodeConfig, engine: Any, server_args: Any, dynamo_args: Any, 
         traces=bool(getattr(server_args, "enable_trace", False)),
         uploads=bool(getattr(dynamo_args, "enable_rl", False)),
         max_loras=getattr(server_args, "max_loras_per_batch", None) if lora else None,
+        media=media.kinds(manager) if role.takes_media else [],
     )
 
 
