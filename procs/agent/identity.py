@@ -39,6 +39,9 @@ from shared.roles.role import Role
 
 CLOSE_SECONDS = 5.0
 """For the endpoints to finish; nothing runs in them any more."""
+CARD_GONE_SECONDS = 1.0
+"""Between an old card and a new one in a file discovery: Dynamo 1.6.1's frontend, which finds a file there again when it looks,
+keeps the old card for ever (3 of 60 swaps without a pause, none of 60 with 0.1 s), and a prefill's old bootstrap port with it."""
 
 
 class Identity:
@@ -112,6 +115,8 @@ class Identity:
                 for name in list(self._adapters):
                     await self.revoke(name)
                 await unregister_model(self._generate)
+                if self._store is not None:
+                    await asyncio.sleep(CARD_GONE_SECONDS)
             await self._register_model(welcome)
             self._card, self._taints = card, None
         if self._withdrawn or self._expired(INSTANCES):
