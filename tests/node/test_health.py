@@ -139,7 +139,7 @@ def test_a_fault_is_out_of_discovery_and_back_when_it_is_over(
     if busy:
         request.getfixturevalue("flowing")
     bound, words = LOUD[kind]
-    seconds = bound + (WAIT + TIMEOUT if not busy else 0) + 2.5
+    seconds = bound + (WAIT + TIMEOUT if not busy else 0) + 3.5
     route(node, "fault", kind=kind, seconds=seconds)
     began = time.monotonic()
     wait_for("out of discovery", lambda: not instances(node), seconds)
