@@ -27,6 +27,8 @@ class Case:
 
     Its engine dies of this request, or has died of one before.
     """
+    alone: str = ""
+    """Sent to sgnode only, with ``wanted``: why the incumbent doesn't get it."""
 
     @property
     def stream(self) -> bool:

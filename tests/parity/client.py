@@ -51,6 +51,11 @@ def ask(session: requests.Session, url: str, case: Case) -> Answer:
     return answer
 
 
+def unsent(why: str) -> Answer:
+    """In place of an answer: the request was not sent."""
+    return {"status": 0, "type": "none", "text": f"not sent: {why}"}
+
+
 def error_of(answer: Answer) -> int | None:
     """The status of an error, also of one that came when a stream had begun; None for an answer."""
     if answer["status"] != 200:

@@ -62,5 +62,12 @@ CONFIGURATIONS = {
         ),
         Configuration("embedding", "an embedding worker", flags=("--embedding-worker",), arch="qwen3"),
         Configuration("text", "text mode: SGLang tokenises", flags=("--use-sglang-tokenizer",), frontend=APIS),
+        Configuration(
+            "media",
+            "a vision model",
+            flags=("--limit-mm-data-per-request", '{"image": 8}'),
+            arch="vision",
+            frontend=APIS,
+        ),
     )
 }

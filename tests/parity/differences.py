@@ -33,6 +33,10 @@ VAGUE = "dynamo.sglang hides its reason behind 'Invalid request'; sgnode says it
 NATIVE = "dynamo.sglang puts the name of Python's exception in front"
 LENGTHS = "dynamo.sglang ignores max_completion_tokens in text mode, which is what the frontend makes of each API's own limit"
 MEDIA = "the words that dynamo.sglang has for it without text mode"
+FORMATS = "SGLang decodes whatever Pillow can; sgnode's agent admits JPEG, PNG, WEBP and GIF"
+FILES = "dynamo.sglang opens files of its host for any client; sgnode those in DYN_MM_LOCAL_PATH only"
+PLACES = "dynamo.sglang answers a prompt with placeholders and no images as if they were words; sgnode refuses it"
+NATIVE_MEDIA = "SGLang would open and fetch what the request names; sgnode takes media where its agent judges them"
 CHUNKS = "the frontend counts thoughts by the chunk; sgnode puts tokens that wait together into one"
 
 EXPECTED = [
@@ -48,6 +52,21 @@ EXPECTED = [
     Expected("text/messages/plain", "body.*", LENGTHS),
     Expected("text/chat/image", "body.message", MEDIA),
     Expected("parsers/*", "*.reasoning_tokens", CHUNKS),
+    Expected("media/*", "*message", VAGUE, "Invalid request"),
+    Expected("media/chat/media/bmp", "status", FORMATS),
+    Expected("media/chat/media/tiff", "status", FORMATS),
+    Expected("media/chat/media/bomb", "status", "dynamo.sglang decodes 100 megapixels to 300 MB; sgnode 64 at most"),
+    Expected("media/chat/media/file*", "status", FILES),
+    Expected("media/chat/media/video file", "status", FILES),
+    Expected(
+        "media/chat/media/base64 escaped", "status", "a data: URL may be percent-encoded (RFC 2397); SGLang reads it as it is"
+    ),
+    Expected("media/chat/media/data escaped", "status", "a data: URL need not be base64 (RFC 2397); SGLang takes no other"),
+    Expected("media/chat/media/uuid", "status", "a name for a cache that SGLang lacks; sgnode takes the image beside it"),
+    Expected("media/chat/media/audio", "status", "dynamo.sglang answers as if there were no audio; this model takes none"),
+    Expected("media/chat/media/placeholder written, no image", "status", PLACES),
+    Expected("media/completion/media/marks as *", "status", PLACES),
+    Expected("media/generate/media/*", "stream.chunks.data.*", NATIVE_MEDIA),
 ]
 
 

@@ -1,7 +1,7 @@
 """The recorded set: a fixed list of requests a configuration, in the order in which both sides get them."""
 
 from tests.parity.case import Case
-from tests.parity.corpus import embeddings, generate, guided, inputs, logprobs, nvext, responses, sampling, text, tools
+from tests.parity.corpus import embeddings, generate, guided, inputs, logprobs, media, nvext, responses, sampling, text, tools
 
 CORPUS: dict[str, list[Case]] = {
     # Inputs first: the first requests of a fresh cache are those that ask what is cached.
@@ -19,6 +19,7 @@ CORPUS: dict[str, list[Case]] = {
     "parsers": tools.CASES,
     "embedding": [*embeddings.CASES, *embeddings.LAST],
     "text": text.CASES,
+    "media": media.CASES,
 }
 
 for _configuration, _cases in CORPUS.items():

@@ -1,5 +1,6 @@
 """Short ways to write requests down: defaults that make an answer repeatable, and both kinds of delivery."""
 
+from dataclasses import replace
 from typing import Any
 
 from tests.parity.case import Case, Compare
@@ -20,9 +21,10 @@ ABSENT = object()
 
 def _case(name: str, path: str, defaults: dict[str, Any], options: dict[str, Any]) -> Case:
     compare: Compare = options.pop("compare", "exact")
-    cached, headers, wanted = options.pop("cached", False), options.pop("headers", {}), options.pop("wanted", None)
+    cached, headers = options.pop("cached", False), options.pop("headers", {})
+    wanted, alone = options.pop("wanted", None), options.pop("alone", "")
     body = {key: value for key, value in {**defaults, **options}.items() if value is not ABSENT}
-    return Case(name, path, body, compare, cached, headers, wanted)
+    return Case(name, path, body, compare, cached, headers, wanted, alone)
 
 
 def chat(name: str, content: Any = TEXT, **options: Any) -> Case:
@@ -56,9 +58,7 @@ def streamed(case: Case, **more: Any) -> Case:
     """The same as a stream, with the usage at its end where the API asks for that."""
     assert isinstance(case.body, dict)
     usage = {"stream_options": {"include_usage": True}} if case.path in (CHAT, COMPLETIONS) else {}
-    return Case(
-        f"{case.name}/stream", case.path, {**case.body, "stream": True, **usage, **more}, case.compare, case.cached, case.headers
-    )
+    return replace(case, name=f"{case.name}/stream", body={**case.body, "stream": True, **usage, **more})
 
 
 def both(*cases: Case) -> list[Case]:
