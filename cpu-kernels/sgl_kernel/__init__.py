@@ -7,9 +7,10 @@ index. For Llama and Qwen3 on a CPU without AMX, SGLang falls back to native tor
 
 What it is not: a kernel library. Every other ``*_cpu`` name can be imported and raises
 ``NotImplementedError`` when called (so speculative decoding, AMX attention and quantised CPU paths do
-not work). Of ``torch.ops.sgl_kernel`` only four operators are there, which SGLang's Qwen3.5 model file
-names when it is imported (dynamo.sglang imports it for every model): calling one raises too. SGLang takes
-any other registered operator as a promise. It never goes onto a GPU host: there the real ``sglang-kernel`` is installed.
+not work). Of ``torch.ops.sgl_kernel`` seven operators are there. Three are what SGLang's diffusion models
+call on a CPU, in plain torch (``modulation``). Four are named by its Qwen3.5 model file when that is imported
+(dynamo.sglang imports it for every model): calling one raises too. SGLang takes any other registered operator
+as a promise. It never goes onto a GPU host: there the real ``sglang-kernel`` is installed.
 
 On a host without CUDA it also replaces ``torch.cuda.Event`` by one that does nothing, which SGLang's
 overlap scheduling creates during prefill/decode disaggregation even on a CPU, and page-locked memory
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
+
+from sgl_kernel import modulation
 
 __version__ = "0.0.0+cpu.stand.in"
 
@@ -106,3 +109,5 @@ for _name in _NAMED_AT_IMPORT:
     # A program may have named them before it imported SGLang.
     if not hasattr(torch.ops.sgl_kernel, _name):
         _library.define(f"{_name}(Tensor x) -> Tensor")
+
+modulation.register(_library)

@@ -94,3 +94,55 @@ def test_the_installed_files_are_changed() -> None:
 def test_registrations_that_are_not_there_fail_the_setup(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no such file"):
         patch.empty_torchvision_registrations(tmp_path)
+
+
+# --- modulation ----------------------------------------------------------------------------------------------------------
+
+SHAPE = (2, 3, 8)
+
+
+def _tensors(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=made).to(torch.bfloat16) for shape in shapes]
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, kind: str, eps: float) -> torch.Tensor:
+    """By its definition, in float32."""
+    wide = x.float()
+    if kind == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide / torch.sqrt((wide * wide).mean(-1, keepdim=True) + eps)
+    wide = wide if weight is None else wide * weight.float()
+    return (wide if bias is None else wide + bias.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_modulated_norm_equals_its_definition(kind: str, weighted: bool) -> None:
+    x, scale, shift = _tensors(1, SHAPE, SHAPE, SHAPE)
+    weight, bias = _tensors(2, SHAPE[-1:], SHAPE[-1:]) if weighted else (None, None)
+    bias = bias if kind == "layer" else None
+    found = torch.ops.sgl_kernel.fused_norm_scale_shift_cpu(x, weight, bias, scale, shift, kind, 1e-6)
+    expected = _norm(x, weight, bias, kind, 1e-6).float() * (1 + scale.float()) + shift.float()
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+    assert found.dtype == x.dtype
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_residual_is_added_before_the_norm_and_comes_back_as_well(gated: bool) -> None:
+    residual, x, gate, scale, shift = _tensors(3, *[SHAPE] * 5)
+    chosen = gate if gated else None
+    found, summed = torch.ops.sgl_kernel.fused_scale_residual_norm_scale_shift_cpu(
+        residual, x, chosen, None, None, scale, shift, "rms", 1e-6
+    )
+    total = (residual.float() + (x.float() * gate.float() if gated else x.float())).to(x.dtype)
+    assert torch.equal(summed, total)
+    assert torch.equal(found, torch.ops.sgl_kernel.fused_norm_scale_shift_cpu(total, None, None, scale, shift, "rms", 1e-6))
+
+
+def test_scale_and_shift_with_another_constant_and_another_norm() -> None:
+    x, scale, shift = _tensors(4, *[SHAPE] * 3)
+    found = torch.ops.sgl_kernel.fused_scale_shift_cpu(x, scale, shift, 0.0)
+    assert torch.equal(found, (x.float() * scale.float() + shift.float()).to(x.dtype))
+    with pytest.raises(ValueError, match="norm_type"):
+        torch.ops.sgl_kernel.fused_norm_scale_shift_cpu(x, None, None, scale, shift, "batch", 1e-6)
