@@ -27,6 +27,7 @@ from dynamo.llm import (
 from dynamo.runtime import DistributedRuntime
 from prometheus_client import CollectorRegistry
 
+from procs.agent.callee import Callees
 from procs.agent.handler import Handler
 from procs.agent.pooling_metrics import PoolingMetrics
 from procs.agent.store import CARDS, INSTANCES, FileStore
@@ -251,7 +252,10 @@ class Identity:
             worker_type = getattr(WorkerType, self._role.worker_type)
             self._handler.first_token_source = await self._generate.first_token_source(worker_type)
         dynamo = self._config.dynamo
-        self._serve_endpoint(self._generate, self._handler.generate, facts, health_check_payload=self._canary(facts))
+        if self._role.callee is not None:
+            name = f"{dynamo.namespace}.{self._role.callee.component}.generate"
+            self._handler.callees = Callees(name, await self._runtime.endpoint(name).client())
+        self._serve_endpoint(self._generate, self._handler.endpoint, facts, health_check_payload=self._canary(facts))
         for name, handler in self.controls.items() if self._role.generates else ():
             self._serve_endpoint(self._runtime.endpoint(f"{dynamo.namespace}.{dynamo.component}.{name}"), handler, facts)
 

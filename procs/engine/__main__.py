@@ -17,6 +17,7 @@ from shared import logs, sockets
 from shared.config import LOG_DIR, NodeConfig
 from shared.errors import NodeError
 from shared.heart import Heart
+from shared.roles import find
 from shared.state import State
 
 
@@ -26,6 +27,10 @@ def build(config: NodeConfig, incarnation: int) -> Backend:
         from procs.engine.synthetic import SyntheticBackend
 
         return SyntheticBackend(config, incarnation)
+    if find(config.role, text=config.text_mode).engine == "encode":
+        from procs.engine.adapter.encoder import EncodeBackend
+
+        return EncodeBackend(config, incarnation)
     from procs.engine.adapter import SglangBackend
 
     return SglangBackend(config, incarnation)

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import gc
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -151,6 +152,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("--load-format gms is not supported by this version of sgnode")
     if os.environ.get("DYN_SNAPSHOT_CONTROL_DIR"):
         raise ValueError("DYN_SNAPSHOT_CONTROL_DIR: snapshots are not supported by this version of sgnode")
+    _embeddings(_role(server, dynamo), server, dynamo)
     if dynamo.use_kv_events:
         _kv_events(json.loads(server.kv_events_config), server)
     parse_engine_route_descriptors(dynamo.engine_routes)
@@ -264,6 +266,18 @@ def _settled(argv: list[str], config: Any) -> list[str]:
     return [*written, *argv]
 
 
+def _embeddings(role: str, server: Any, dynamo: Any) -> None:
+    """What an encode worker and those behind it need. Raises ValueError."""
+    if not role.startswith("mm_"):
+        return
+    mode = getattr(dynamo.embedding_transfer_mode, "value", dynamo.embedding_transfer_mode)
+    # Decode has the KV cache, and never the embeddings.
+    if role != "mm_decode" and str(mode).startswith("nixl") and importlib.util.find_spec("nixl") is None:
+        raise ValueError(f"--embedding-transfer-mode {mode}: needs the package nixl; `local` is for workers of one machine")
+    if role == "mm_encode" and server.tp_size > 1:
+        raise ValueError(f"--tp-size {server.tp_size}: an encode worker has one rank; start more of them instead")
+
+
 def _gateway_workers(server: Any, dynamo: Any) -> int | None:
     """How many processes the incumbent would put between engine and frontend: here so many agents. Raises ValueError."""
     from dynamo.sglang.gateway import effective_gateway_workers
@@ -341,14 +355,16 @@ def _role(server: Any, dynamo: Any) -> str:
         ("embedding", "embedding_worker"),
         ("rerank", "rerank_worker"),
         ("mm_encode", "multimodal_encode_worker"),
-        ("mm_worker", "enable_multimodal"),
     )
     for role, name in flags:
         if getattr(dynamo, name, False):
             return role
+    part = str(server.disaggregation_mode)
+    if getattr(dynamo, "multimodal_worker", False):  # --dedicated-mm-encoder
+        return f"mm_{part}" if part in ("prefill", "decode") else "mm_worker"
     if getattr(server, "dllm_algorithm", None):
         return "diffusion_lm"
-    return {"prefill": "prefill", "decode": "decode"}.get(str(server.disaggregation_mode), "aggregated")
+    return part if part in ("prefill", "decode") else "aggregated"
 
 
 def _line(error: BaseException, noise: str) -> str:

@@ -12,7 +12,9 @@ Payload = dict[str, Any]
 ``generate``: the rest are keyword arguments of SGLang's ``Engine.async_generate``; ``asks`` holds fields of Dynamo's request
 that only SGLang's process can judge (procs.engine.adapter.asks). ``text``: the same with a ``request`` in OpenAI's form, whose
 prompt is rendered there, and text as output. ``native``: SGLang's own GenerateReqInput. ``embed``: SGLang's EmbeddingReqInput.
-``media`` and ``blobs``: the kinds and the contents of a ``generate``'s media (shared.roles.media).
+``media`` and ``blobs``: the kinds and the contents of a ``generate``'s media (shared.roles.media); ``encoded``: what another
+engine has made of them (shared.roles.mm_wire). ``encode``: media become embeddings for another engine; that engine has to fetch
+them while the request lasts.
 ``detokenize``: a ``generate`` that goes through SGLang's detokenizer, as those with text do; ids need it not.
 """
 Request = dict[str, Any]
@@ -54,6 +56,19 @@ def _nothing(asked: Asked, payload: Payload) -> Chunk | None:
 
 
 @dataclass(frozen=True)
+class Callee:
+    """Another worker that takes part in each request of a role: a component of the same namespace, its ``generate`` endpoint."""
+
+    component: str
+    request: Callable[[Asked], Request | str | None]
+    """What it is asked; None: nothing, this request needs it not. Raises RequestError."""
+    take: Callable[[Chunk, Asked], Chunk | None]
+    """What a chunk of its answer becomes for the client. Raises RequestError for one that says that it failed."""
+    first: bool = False
+    """It is asked before the engine, and its first chunk says how to go on; otherwise it answers in the engine's place."""
+
+
+@dataclass(frozen=True)
 class Role:
     """One worker type. Names of Dynamo's enum members are strings here: only the agent imports dynamo's runtime."""
 
@@ -76,6 +91,9 @@ class Role:
     """The same as a Dynamo request, for Dynamo's own health check of the endpoint (DYN_HEALTH_CHECK_ENABLED)."""
     opening: Callable[[Asked, Payload], Chunk | None] = _nothing
     """A chunk that leaves as soon as the request is submitted, before the engine has said anything."""
+    engine: str = "generate"
+    """What its engine's process builds: ``generate``, or ``encode`` for a vision tower alone."""
+    callee: Callee | None = None
     takes_media: bool = False
     """Images, videos and audio of a request are fetched for it, where its model takes them."""
     generates: bool = True

@@ -295,7 +295,7 @@ def test_routed_experts_go_along() -> None:
 
 
 def test_the_table_names_every_worker_type() -> None:
-    assert len(ROLES) + len(PLANNED) == 10
+    assert len(ROLES) + len(PLANNED) == 12
     with pytest.raises(NodeError, match="not supported by this version"):
         find("image")
     with pytest.raises(NodeError, match="unknown role"):
