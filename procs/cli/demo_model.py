@@ -7,15 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from procs.cli.demo_tokenizer import train
 from procs.cli.flags import Parser
 from shared.errors import NodeError
 
-SENTENCES = (
-    "The quick brown fox jumps over the lazy dog. ",
-    "A node serves requests; a crash stays where it happened. ",
-    "One token after another, none lost, none twice. ",
-)
-SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -29,6 +24,7 @@ ARCHS = {
     "qwen3": "a decoder; with --embedding-worker its embeddings have 64 dimensions",
     "reranker": "a Bert cross-encoder, for --rerank-worker",
     "sdar": "a diffusion language model, for --dllm-algorithm LowConfidence",
+    "vision": "a Qwen2.5-VL, for images and text",
 }
 SDAR_VOCABULARY = 151680
 """SGLang 0.5.23 takes 151669 for SDAR's mask token, whatever the tokenizer has (srt/dllm/config.py)."""
@@ -44,6 +40,7 @@ def main(argv: list[str]) -> int:
     made.add_argument("directory", type=Path, metavar="DIR")
     shown = "; ".join(f"{name}: {what}" for name, what in ARCHS.items())
     made.add_argument("--arch", choices=tuple(ARCHS), default="llama", help=f"{shown} (default: %(default)s)")
+    made.add_argument("--vision", dest="arch", action="store_const", const="vision", help="--arch vision")
     made.add_argument("--lora", action="store_true", help=f"also a LoRA adapter for it in DIR/{ADAPTER} (llama and qwen3)")
     found = made.parse_args(argv)
     if found.lora and found.arch not in ("llama", "qwen3"):
@@ -82,10 +79,9 @@ def write(target: Path, arch: str) -> None:
     import torch
     from transformers import GenerationConfig
 
-    vocabulary = _write_tokenizer(target, pairs=arch == "reranker")
     torch.manual_seed(0)
     with open(os.devnull, "w") as silence, contextlib.redirect_stderr(silence):
-        _model(arch, vocabulary).to(torch.bfloat16).save_pretrained(target)
+        _model(arch, target).to(torch.bfloat16).save_pretrained(target)
     if arch == "sdar":
         # transformers doesn't know the name, and writes that of the class which it was asked to save.
         config = target / "config.json"
@@ -94,40 +90,24 @@ def write(target: Path, arch: str) -> None:
         GenerationConfig(**IDS).save_pretrained(target)
 
 
-def _write_tokenizer(target: Path, pairs: bool) -> int:
-    """Train and write it; the size of its vocabulary. ``pairs``: a query and a document get the marks of a cross-encoder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE(unk_token=None))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(  # type: ignore[no-untyped-call]
-        vocab_size=500,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([sentence * 4 for sentence in SENTENCES], trainer)
-    if pairs:
-        bos, eos = SPECIAL[1:3]
-        raw.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A {eos}", pair=f"{bos} $A {eos} $B:1 {eos}:1", special_tokens=[(bos, 1), (eos, 2)]
-        )
-    inputs = ["input_ids", "token_type_ids", "attention_mask"] if pairs else ["input_ids", "attention_mask"]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2],
-        model_max_length=512 if pairs else 4096, model_input_names=inputs,
-    )  # fmt: skip
-    if not pairs:
+def _write_tokenizer(target: Path, arch: str) -> int:
+    """Write it; the size of its vocabulary."""
+    tokenizer = train(pairs=arch == "reranker")
+    if arch != "reranker":
         tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(target)
     return len(tokenizer)
 
 
-def _model(arch: str, vocabulary: int) -> Any:
+def _model(arch: str, target: Path) -> Any:
+    """The model, whose tokenizer or processor is written first."""
     import transformers as hf
 
+    if arch == "vision":
+        from procs.cli import demo_vision
+
+        return demo_vision.model(demo_vision.write_processor(target))
+    vocabulary = _write_tokenizer(target, arch)
     shape = {**SHAPE, "vocab_size": vocabulary, "dtype": "bfloat16"}
     match arch:
         case "qwen3":

@@ -6,10 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from procs.cli import demo_model
 from shared.errors import NodeError
+from tests import media
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
@@ -44,7 +52,7 @@ def test_the_tokenizer_keeps_every_text_and_has_a_chat_template(made: tuple[str,
     assert len(tokenizer("<|im_start|>")["input_ids"]) == 1
 
 
-@pytest.mark.parametrize("flags", [[], ["--arch", "qwen3"], ["--arch", "reranker"], ["--lora"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [[], ["--arch", "qwen3"], ["--arch", "reranker"], ["--lora"], ["--vision"]], ids=" ".join)
 def test_two_runs_write_the_same_bytes(flags: list[str], tmp_path: Path) -> None:
     one, again = tmp_path / "one", tmp_path / "again"
     for target in (one, again):
@@ -104,6 +112,26 @@ def test_the_diffusion_model_has_sdars_name_and_answers_with_what_the_tokenizer_
     known = len(AutoTokenizer.from_pretrained(target))
     head = load_file(target / "model.safetensors")["lm_head.weight"]
     assert not head[known:].any() and head[:known].any(dim=1).all()
+
+
+def test_the_vision_model_sees_a_difference_and_its_processor_makes_a_prompt_of_images(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    assert demo_model.main([str(target), "--vision"]) == 0
+    processor = AutoProcessor.from_pretrained(target)
+    content = [{"type": "image"}, {"type": "text", "text": "fox"}]
+    chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    marks = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert chat == f"<|bos|><|im_start|>user\n{marks}fox<|im_end|>\n<|im_start|>assistant\n"
+    plain = processor.apply_chat_template([{"role": "user", "content": "fox"}], add_generation_prompt=True)
+    assert plain == chat.replace(marks, "")
+    model = AutoModelForImageTextToText.from_pretrained(target)
+    answers = set()
+    for seed in (1, 2, 3):
+        read = processor(text=chat, images=[media.picture(seed)], return_tensors="pt")
+        assert read["input_ids"][0].tolist().count(model.config.image_token_id) == 12
+        new = model.generate(**read, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        answers.add(tuple(new[0, read["input_ids"].shape[1] :].tolist()))
+    assert len(answers) == 3
 
 
 def test_an_adapter_needs_a_decoder(tmp_path: Path) -> None:
