@@ -21,8 +21,15 @@ STILL_SECONDS = 10.0
 """A state that lasts is said again so often, with what it waits for."""
 FRONTEND_SECONDS = 60.0
 """For the frontend to have the model; then it is said all the same how it would be used."""
-PAIRED = ("prefill", "decode")
-"""Roles that answer nobody alone: a frontend does not list their model."""
+PAIRED = {
+    "prefill": "a decode worker",
+    "decode": "a prefill worker",
+    "mm_encode": "a worker with --dedicated-mm-encoder",
+    "mm_worker": "an encode worker",
+    "mm_prefill": "an encode and a decode worker",
+    "mm_decode": "an encode and a prefill worker",
+}
+"""Roles that answer nobody alone, and with whom they do: a frontend does not list their model before."""
 
 TRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "aggregated": (
@@ -46,7 +53,7 @@ def usage(config: NodeConfig) -> str:
     url = _url(config.http_host, config.http_port)
     ready = f"ready: {url}/v1   (health: {system}/health, metrics: {system}/metrics)"
     if config.role in PAIRED:
-        return f"{ready}\nit answers together with a {'decode' if config.role == 'prefill' else 'prefill'} worker"
+        return f"{ready}\nit answers together with {PAIRED[config.role]}"
     path, more = TRIES.get(config.role, TRIES["aggregated"])
     body = shlex.quote(json.dumps({"model": config.served_model_name, **more}))
     return f"{ready}\ntry:   curl -sN {url}/v1/{path} -H 'Content-Type: application/json' -d {body}"

@@ -56,7 +56,7 @@ def _sglang(subject: Subject) -> Iterator[Port]:
             why = "--dist-init-addr's, for DP attention" if config.dist_init_addr else "--port's, for DP attention"
             first = base + 1 if base + ZMQ_PORTS <= 65535 else base - ZMQ_PORTS - 1
             yield from (Port(why, host, first + i, needed=False) for i in range(ZMQ_PORTS))
-    if config.role == "prefill":
+    if config.role in ("prefill", "mm_prefill"):
         yield Port(
             "--disaggregation-bootstrap-port",
             subject.flag("--host") or "127.0.0.1",

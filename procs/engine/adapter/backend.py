@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from procs.engine.adapter import facts, shm
+from procs.engine.adapter import facts, media, shm
 from procs.engine.adapter.asks import Asks
 from procs.engine.adapter.calls import Answer, Calls
+from procs.engine.adapter.embeddings import Embeddings, inbox
 from procs.engine.adapter.kv_metrics import KvMetrics
 from procs.engine.adapter.reader import BY_THE_STEP, Reader
 from procs.engine.adapter.routes import Routes
@@ -26,6 +27,7 @@ ABORT_RETRY_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0)
 SETTLED = ("DYN_SGL_DISAGG_CONFIG", "DYN_SGL_DISAGG_CONFIG_KEY", "DYN_SGL_GATEWAY_WORKERS")
 """What these say is in the arguments already (procs.engine.check)."""
 BOOTSTRAP_PORT = "--disaggregation-bootstrap-port"
+PREFILLS = ("prefill", "mm_prefill")
 OLD_PORT_SECONDS = 12.0
 """Until a dead prefill engine's port is opened again. Decode engines miss it after two heartbeats of 5 s (SGLang 0.5.23); one
 that is back before is the old one to them, and their requests wait for its dead ranks for ever."""
@@ -65,7 +67,7 @@ class SglangBackend:
         self._schedulers = Schedulers()
         shm.mark()
         given = {argument.partition("=")[0] for argument in config.worker_argv}
-        if config.role == "prefill" and incarnation > 1 and BOOTSTRAP_PORT in given:
+        if config.role in PREFILLS and incarnation > 1 and BOOTSTRAP_PORT in given:
             time.sleep(max(0.0, OLD_PORT_SECONDS - (time.monotonic() - started)))
         self._engine = sgl.Engine(server_args=self._parsed.server_args)
         self._manager = self._engine.tokenizer_manager
@@ -113,7 +115,11 @@ class SglangBackend:
 
             supports_external_mm_hashes(self._engine)
         asks = Asks(self._engine, self._server_args, self._routes.lora_id_for_name)
-        self._calls = Calls(self._engine, asks)
+        embeddings = None
+        if self._config.role.startswith("mm_"):
+            mode = self._parsed.dynamo_args.embedding_transfer_mode.value
+            embeddings = Embeddings(self._manager, None if self._config.role == "mm_decode" else inbox(mode))
+        self._calls = Calls(self._engine, asks, embeddings)
         if self.facts.traces:
             from sglang.srt.observability.trace import set_global_trace_level
 
@@ -131,7 +137,7 @@ class SglangBackend:
         """
         if self._manager is None:
             return
-        if self._config.role == "prefill":
+        if self._config.role in PREFILLS:
             from dynamo.sglang._disagg import warmup_prefill_engine
 
             await warmup_prefill_engine(self._engine, self._server_args.disaggregation_bootstrap_port)
@@ -206,7 +212,7 @@ class SglangBackend:
             sink.failed(rid, error.code, error.message)
         except (ValueError, TypeError) as error:
             # SGLang checks lengths and sampling parameters while it tokenises, and raises these.
-            sink.failed(rid, Code.INVALID, str(error))
+            sink.failed(rid, Code.INVALID, media.unreadable(error) or str(error))
         except asyncio.CancelledError as error:
             if error.args == (ABORTED["message"],):
                 sink.output(rid, [], dict(ABORTED), None)
@@ -214,6 +220,9 @@ class SglangBackend:
             sink.failed(rid, Code.ENGINE_DEAD, "the engine is stopping")
             raise
         except Exception as error:
+            if reason := media.unreadable(error):
+                sink.failed(rid, Code.INVALID, reason)
+                return
             logging.exception("request %s", rid)
             sink.failed(rid, Code.INTERNAL, f"{type(error).__name__}: {error}")
         else:

@@ -6,6 +6,7 @@ from typing import Any
 
 from procs.engine.adapter import media
 from procs.engine.adapter.asks import Asks
+from procs.engine.adapter.embeddings import Embeddings
 from shared.errors import Code, RequestError
 
 META = ("prompt_tokens", "completion_tokens", "cached_tokens")
@@ -20,12 +21,13 @@ Answer = dict[str, Any]
 class Calls:
     """Makes SGLang's stream of answers for a payload."""
 
-    def __init__(self, engine: Any, asks: Asks) -> None:
+    def __init__(self, engine: Any, asks: Asks, embeddings: Embeddings | None = None) -> None:
         from dynamo.common.utils.input_params import InputParamManager
 
         self._engine = engine
         self._manager = engine.tokenizer_manager
         self._asks = asks
+        self._embeddings = embeddings
         self._prompts = InputParamManager(self._manager.tokenizer)
 
     async def stream(self, rid: str, payload: dict[str, Any]) -> AsyncIterator[Answer]:
@@ -38,7 +40,10 @@ class Calls:
             case "text":
                 prompt = self._prompts.get_input_param(payload.pop("request"), use_tokenizer=True)
                 payload["prompt" if isinstance(prompt, str) else "input_ids"] = prompt
-        media.settle(payload, self._manager)
+        if self._embeddings is not None and "encoded" in payload:
+            await self._embeddings.settle(payload)
+        else:
+            media.settle(payload, self._manager)
         self._asks.settle(payload)
         stream: AsyncIterator[Answer] = await self._engine.async_generate(**payload, rid=rid, stream=True)
         return stream
