@@ -37,7 +37,7 @@ PROGRESS_MICROSECONDS = 1000
 """Pause of NIXL's progress thread. Its Python agent has none, which takes a core (0.016 of one with this)."""
 PEERS = 64
 """Whose connections are kept. One that is let go of leaves a socket at both ends while the peer lives (NIXL 1.5.0)."""
-READS = 4096
+READS = 16384
 """Of one peer until its connection is made anew: what is known of its memory grows with each."""
 METADATA_BYTES = 1 << 20
 """Of an agent, unpacked: 330 bytes and about 120 for each registered piece of memory."""
@@ -84,29 +84,30 @@ class _Pinned(connect.Connector):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self._pins: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self._reads: OrderedDict[str, int] = OrderedDict()
+        """Of each peer that is kept."""
 
     async def begin_read(self, remote_metadata: Any, local_descriptors: Any) -> Any:
         operation = await super().begin_read(remote_metadata, local_descriptors)
-        remote = operation.remote
-        before, reads = self._pins.pop(remote.name, (None, 0))
-        self._pins[remote.name] = (remote, reads + 1)
-        if before is not None:
-            before._release()  # one reference of several
-        if reads + 1 >= READS:
-            self.forget(remote.name)
-        while len(self._pins) > PEERS:
-            self._pins.popitem(last=False)[1][0]._release()
+        name = operation.remote.name
+        if name not in self._reads:
+            operation.connection.acquire_remote_ref(name)
+        self._reads[name] = self._reads.pop(name, 0) + 1
+        if self._reads[name] >= READS:
+            self.forget(name)
+        while len(self._reads) > PEERS:
+            self.forget(next(iter(self._reads)))
         return operation
 
     def forget(self, name: str) -> None:
         """The peer is dead, or is to be connected anew. Operations that run have it to their end."""
-        remote, _ = self._pins.pop(name, (None, 0))
-        if remote is not None:
-            remote._release()
+        connection: Any = self._shared_connection
+        if self._reads.pop(name, None) is not None and connection.release_remote_ref(name):
+            with contextlib.suppress(Exception):  # it is gone
+                connection._nixl.remove_remote_agent(name)
 
     def close(self) -> None:
-        for name in list(self._pins):
+        for name in list(self._reads):
             self.forget(name)
         self._shared_connection = None
 
