@@ -3,11 +3,14 @@
 import base64
 import http.server
 import io
+import os
 import random
 import struct
 import threading
 import zlib
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,8 +96,12 @@ def scan_bomb(side: int, scans: int) -> bytes:
     return whole[:last] + whole[last:-2] * scans + whole[-2:]
 
 
-TEXT_BOMB = png_header(8, 8) + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(256 << 20), 9)) + chunk(b"IEND", b"")
-"""A comment of 256 MB."""
+@cache
+def text_bomb() -> bytes:
+    """A PNG with a comment of 256 MB."""
+    squeeze, piece = zlib.compressobj(9), bytes(1 << 20)
+    comment = b"".join(squeeze.compress(piece) for _ in range(256)) + squeeze.flush()
+    return png_header(8, 8) + chunk(b"zTXt", b"a\0\0" + comment) + chunk(b"IEND", b"")
 
 
 # --- an origin -----------------------------------------------------------------------------------------------------------
@@ -167,3 +174,175 @@ class Origin:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+# --- the corpus ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """References in one request. ``passes``: an agent may let them through, to be judged where they are decoded."""
+
+    name: str
+    references: tuple[Any, ...]
+    passes: bool = False
+
+
+def damaged() -> list[Hostile]:
+    """Files that begin like an image."""
+    found = []
+    for form in FORMATS:
+        whole = good(1, form)
+        found += [Hostile(f"{form} cut at {share}", (url(cut(whole, share)),), True) for share in (0.02, 0.2, 0.5, 0.8, 0.95)]
+        found += [Hostile(f"{form} flipped {seed}", (url(flipped(whole, seed)),), True) for seed in range(5)]
+    found.append(Hostile("a good one and a cut one", (url(good(1)), url(cut(good(2), 0.5))), True))
+    return found
+
+
+def no_images() -> list[Hostile]:
+    """Files that are none, or none that is taken."""
+    files = {
+        "empty": b"",
+        "one byte": b"\x89",
+        "text": b"not an image" * 100,
+        "zeros": bytes(10_000),
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+        "html": b"<!doctype html><script>alert(1)</script>",
+        "bmp": saved(picture(1), "BMP"),
+        "tiff": saved(picture(1), "TIFF"),
+        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n",
+        "a header of 100,000 x 100,000": png_header(100_000, 100_000),
+        "a header of 2**31 - 1": png_header(2**31 - 1, 2**31 - 1),
+        "a header of no pixels": png_header(0, 0),
+        "a bomb of 10,000 x 10,000": png_bomb(10_000),
+        "a comment of 256 MB": text_bomb(),
+        "a JPEG of 500 scans": scan_bomb(64, 500),
+    }
+    return [Hostile(name, (url(content),)) for name, content in files.items()]
+
+
+def data_urls(bound: int) -> list[Hostile]:
+    """``bound``: DYN_MM_MAX_DATA_URL_MB in bytes."""
+    whole = url(good(1))
+    urls = {
+        "no comma": "data:image/png;base64",
+        "nothing": "data:",
+        "nothing behind the comma": "data:image/png;base64,",
+        "not said to be base64": whole.replace(";base64", ""),
+        "other characters": "data:image/png;base64,@@@@",
+        "one character too few": whole.rstrip("=")[:-1],
+        "spaces": whole[:40] + "    " + whole[40:],
+        "percent signs": "data:image/png;base64," + "%41" * 10_000,
+        "NUL": "data:image/png;base64,\0\0\0\0",
+        "not ASCII": "data:image/png;base64,日本語日本語",
+        "over the bound": "data:image/png;base64," + "A" * bound,
+        "a type over the bound": "data:" + "A" * bound + ";base64,AAAA",
+    }
+    return [Hostile(f"data: {name}", (found,)) for name, found in urls.items()]
+
+
+def files(allowed: Path) -> list[Hostile]:
+    """``allowed``: DYN_MM_LOCAL_PATH, in a directory that is the test's own."""
+    outside = allowed.parent / "outside.png"
+    outside.write_bytes(good(1))
+    (allowed / "link.png").symlink_to(outside)
+    (allowed / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(allowed / "pipe.png")
+    (allowed / "text.png").write_text("not an image")
+    with (allowed / "large.png").open("wb") as large:
+        large.truncate(1 << 30)
+    urls = (
+        "file:///etc/passwd", "file:///dev/zero", "file:///proc/self/environ", "/etc/passwd", "etc/passwd",
+        outside.as_uri(), f"{allowed.as_uri()}/../outside.png", f"{allowed.as_uri()}/%2e%2e/outside.png",
+        *((allowed / name).as_uri() for name in ("link.png", "zero.png", "pipe.png", "text.png", "large.png", "none.png")),
+        allowed.as_uri(), f"{allowed.as_uri()}/%00.png", f"{allowed.as_uri()}/{'a' * 5000}", "file://", "file:",
+        f"file://elsewhere{outside}",
+    )  # fmt: skip
+    return [Hostile(short(found), (found,)) for found in urls]
+
+
+def urls() -> list[Hostile]:
+    """What is hardly a URL."""
+    found = (
+        "", " ", "image.png", "http://", "https://", "http:///good", "http://[::1", "http://[::1]:99999/", "http://a b/", "::::",
+        "ftp://127.0.0.1/a.png", "gopher://127.0.0.1/", "javascript:alert(1)", "ldap://127.0.0.1", "s3://bucket/a.png",
+        "https://1.1.1.1\\@127.0.0.1/", "\0", "http://127.0.0.1:1/\r\nHost: x", "http://" + "a" * 100_000,
+        "http://" + "a." * 200 + "invalid", "\ud800",
+    )  # fmt: skip
+    return [Hostile(short(each), (each,)) for each in found]
+
+
+def things() -> list[Hostile]:
+    """No references at all."""
+    deep: Any = "x"
+    for _ in range(500):
+        deep = {"Url": deep}
+    decoded = {
+        "shape": [2**31, 2**31, 3],
+        "dtype": "UINT8",
+        "nixl_metadata": "b64:AAAA",
+        "nixl_descriptor": {"addr": 1, "size": 8},
+    }
+    found: dict[str, Any] = {
+        "null": None,
+        "a number": 5,
+        "true": True,
+        "bytes": b"x",
+        "a list": [url(good(1))],
+        "an empty object": {},
+        "a URL that is a number": {"Url": 5},
+        "a URL that is an object": {"Url": {"Url": url(good(1))}},
+        "objects in objects": deep,
+        "an object of 10,000 names": {str(number): number for number in range(10_000)},
+        "decoded by a frontend": {"Decoded": decoded},
+        "an id": {"UuidOnly": "u1"},
+    }
+    return [Hostile(name, (thing,)) for name, thing in found.items()]
+
+
+def fetched(origin: Origin, allowed: Path) -> list[Hostile]:
+    """Answers of an origin that may be asked."""
+    picture, squeezed = good(1), zlib.compressobj(9, wbits=31)
+    bomb = b"".join(squeezed.compress(bytes(1 << 20)) for _ in range(256)) + squeezed.flush()
+    pages: dict[str, tuple[int, dict[str, str], bytes]] = {
+        "/page": (200, {"Content-Type": "text/html"}, b"<html>"),
+        "/empty": (200, {}, b""),
+        "/error": (500, {}, b"\x89PNG"),
+        "/nowhere": (302, {}, b""),
+        "/long": (200, {"Content-Length": "1000000"}, picture),
+        "/short": (200, {"Content-Length": "100"}, picture),
+        "/huge": (200, {"Content-Length": str(1 << 40)}, picture),
+        "/squeezed": (200, {"Content-Encoding": "gzip"}, bomb),
+        "/no gzip": (200, {"Content-Encoding": "gzip"}, picture),
+    }
+    origin.answers |= pages
+    for number in range(5):
+        origin.redirect(f"/hop{number}", f"/hop{number + 1}")
+    found = [
+        origin.redirect("/loop", "/loop"),
+        origin.redirect("/to-file", "file:///etc/passwd"),
+        origin.redirect("/to-allowed-file", f"{allowed.as_uri()}/text.png"),
+        origin.redirect("/to-ftp", "ftp://127.0.0.1/a.png"),
+        origin.redirect("/to-data", url(picture)),
+        origin.redirect("/to-nothing", "http://"),
+        *(origin.url + path for path in (*pages, "/hop0", "/drip", "/404")),
+        "http://127.0.0.1:1/closed",
+    ]
+    return [Hostile(f"fetched {each.removeprefix(origin.url)}", (each,)) for each in found]
+
+
+def internal() -> list[str]:
+    """Addresses that are nobody's business, in all their spellings."""
+    return [
+        "https://127.0.0.1/", "https://127.1/", "https://2130706433/", "https://0x7f000001/", "https://0177.0.0.1/", "https://0/",
+        "https://[::1]/", "https://[::]/", "https://[::ffff:127.0.0.1]/", "https://[::1%25lo]/", "https://[fe80::1]/",
+        "https://localhost/", "https://LOCALHOST/", "https://localhost./", "https://127.0.0.1./", "https://①②⑦.0.0.1/",
+        "https://169.254.169.254/latest/meta-data/", "https://metadata.google.internal/", "https://10.0.0.1/", "https://192.168.1.1/",
+        "https://100.64.0.1/", "https://user:word@127.0.0.1/", "https://1.1.1.1@127.0.0.1/", "https://kubernetes.default.svc/",
+        "http://1.1.1.1/a.png",
+    ]  # fmt: skip
+
+
+def short(text: str) -> str:
+    """For a name of a case."""
+    return ascii(text if len(text) < 60 else f"{text[:20]}...{text[-20:]}")

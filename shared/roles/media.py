@@ -12,6 +12,9 @@ KINDS = {"image_url": "image", "video_url": "video", "audio_url": "audio"}
 PARTS = {**KINDS, "input_audio": "audio"}
 """The same by the types of a message's parts (OpenAI)."""
 
+COPIES_BYTES = 256 << 20
+"""Of the media of several samples."""
+
 
 def check(asked: Asked) -> None:
     """Media that this model or role doesn't take are refused, never ignored. Raises RequestError(INVALID)."""
@@ -21,6 +24,17 @@ def check(asked: Asked) -> None:
             _refuse(kind)
         if kind not in there:
             raise RequestError(Code.INVALID, f"the messages have {kind} content, multi_modal_data has none")
+    _copies(asked)
+
+
+def _copies(asked: Asked) -> None:
+    """The engine gets a sample's media with each sample, which are up to 128."""
+    size = sum(map(len, asked.media.blobs)) if asked.media is not None else 0
+    options = asked.request.get("sampling_options")
+    count = options.get("n") if isinstance(options, dict) else None
+    if isinstance(count, int) and count > 1 and count * size > COPIES_BYTES:
+        words = f"n: {count} samples with {size >> 20} MB of media each, {COPIES_BYTES >> 20} MB together at most"
+        raise RequestError(Code.INVALID, words)
 
 
 def refuse(request: Request) -> None:
@@ -48,7 +62,7 @@ def named(request: Request) -> set[str]:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind in PARTS:
+            if isinstance(kind, str) and kind in PARTS:
                 found.add(PARTS[kind])
     return found
 
@@ -67,7 +81,7 @@ def hashes(asked: Asked) -> Payload:
     if asked.media is None or not isinstance(extra, dict):
         return {}
     by_kind = extra.get("mm_hashes_by_modality")
-    found = [name for kind in KINDS.values() for name in by_kind.get(kind) or ()] if isinstance(by_kind, dict) else None
-    found = found or extra.get("mm_hashes")
+    lists = [by_kind.get(kind) for kind in KINDS.values()] if isinstance(by_kind, dict) else []
+    found = [name for names in lists if isinstance(names, list) for name in names] or extra.get("mm_hashes")
     fits = isinstance(found, list) and len(found) == len(asked.media.kinds) and all(isinstance(name, str) for name in found)
     return {"mm_hashes": found} if fits else {}
