@@ -38,6 +38,8 @@ class Dynamo(msgspec.Struct, frozen=True, kw_only=True):
     enable_local_indexer: bool = True
     use_kv_events: bool = False
     engine_request_limit: int | None = None
+    media_output_fs_url: str = "file:///tmp/dynamo_media"
+    media_output_http_url: str | None = None
 
 
 class Synthetic(msgspec.Struct, frozen=True, kw_only=True):

@@ -113,6 +113,8 @@ class EngineFacts(Frame, tag="EngineFacts"):
     """Adapters that a batch may use; None when the engine serves none."""
     media: list[str] = []
     """Kinds of media that the model takes: ``image``, ``video``, ``audio``."""
+    max_pixels: int | None = None
+    """Of one picture that is generated (--media-max-megapixels); None: it generates none."""
 
 
 class Welcome(Frame, tag="Welcome"):

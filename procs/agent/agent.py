@@ -13,16 +13,19 @@ import zmq
 
 from procs.agent.controls import Controls
 from procs.agent.drain import Drain
+from procs.agent.files import FileHandler
 from procs.agent.handler import Handler
 from procs.agent.identity import Identity
 from procs.agent.media import Intake
+from procs.agent.output_store import OutputStore
 from procs.agent.reach import endpoints, reachable
 from procs.agent.tracing import make as make_tracing
 from shared.config import NodeConfig
 from shared.engine_client import EngineClient
 from shared.frames import AnyState, Beat, Death, Intent, KvUse, Serving, Verdict
 from shared.heart import Heart
-from shared.roles import find
+from shared.roles import diffusion, find
+from shared.roles.role import Role
 from shared.sockets import Decoder, LoopSocket, subscriber
 from shared.state import LOST, State
 
@@ -74,7 +77,7 @@ class Agent:
         role = find(config.role, text=config.text_mode)
         self._client = EngineClient(config.path, self._name)
         self._client.on_change = self._changed.set
-        self._handler = Handler(self._client, role, lambda: self._refusing)
+        self._handler = self._handler_of(role)
         self._handler.intake = Intake(config.media) if role.takes_media else None
         self._handler.on_change = self._changed.set
         self._handler.tracing = make_tracing(self._name, config.name)
@@ -113,6 +116,12 @@ class Agent:
             self._heart.set(State.STOPPED)
             self._client.close()
             self._heart.close()
+
+    def _handler_of(self, role: Role) -> Handler:
+        if role.engine != diffusion.ENGINE:
+            return Handler(self._client, role, lambda: self._refusing)
+        store = OutputStore(self._config.dynamo.media_output_fs_url, self._config.dynamo.media_output_http_url)
+        return FileHandler(self._client, role, lambda: self._refusing, store)
 
     async def _found_discovery(self) -> bool:
         """Wait for etcd, where it is used. False when a stop was asked for meanwhile."""

@@ -35,7 +35,7 @@ from shared.config import NodeConfig
 from shared.errors import NodeError
 from shared.frames import EngineFacts, KvUse, Serving, Welcome
 from shared.registrations import Registration, hold
-from shared.roles import canary
+from shared.roles import canary, diffusion
 from shared.roles.role import Role
 
 CLOSE_SECONDS = 5.0
@@ -277,15 +277,23 @@ class Identity:
             self._generate,
             dynamo.model_source_uri or facts.model_path,
             facts.served_model_name,
-            kv_cache_block_size=facts.block_size,
-            runtime_config=self._runtime_config(welcome.facts),
-            custom_template_path=dynamo.custom_jinja_template,
             worker_type=getattr(WorkerType, self._role.worker_type),
             needs=self._needs,
             router_config=_router_config(self._config.worker_argv),
             model_aliases=dynamo.served_model_aliases or None,
-            max_gpu_lora_count=facts.max_loras,
+            **self._card_of_tokens(facts),
         )
+
+    def _card_of_tokens(self, facts: EngineFacts) -> dict[str, Any]:
+        """What of a card is about tokens and their cache; nothing for images and videos."""
+        if self._role.engine == diffusion.ENGINE:
+            return {}
+        return {
+            "kv_cache_block_size": facts.block_size,
+            "runtime_config": self._runtime_config(facts),
+            "custom_template_path": self._config.dynamo.custom_jinja_template,
+            "max_gpu_lora_count": facts.max_loras,
+        }
 
     @property
     def _needs(self) -> list[list[WorkerType]]:

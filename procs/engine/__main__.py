@@ -27,10 +27,15 @@ def build(config: NodeConfig, incarnation: int) -> Backend:
         from procs.engine.synthetic import SyntheticBackend
 
         return SyntheticBackend(config, incarnation)
-    if find(config.role, text=config.text_mode).engine == "encode":
-        from procs.engine.adapter.encoder import EncodeBackend
+    match find(config.role, text=config.text_mode).engine:
+        case "encode":
+            from procs.engine.adapter.encoder import EncodeBackend
 
-        return EncodeBackend(config, incarnation)
+            return EncodeBackend(config, incarnation)
+        case "diffuse":
+            from procs.engine.adapter.diffusion import DiffusionBackend
+
+            return DiffusionBackend(config, incarnation)
     from procs.engine.adapter import SglangBackend
 
     return SglangBackend(config, incarnation)

@@ -153,6 +153,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
     if os.environ.get("DYN_SNAPSHOT_CONTROL_DIR"):
         raise ValueError("DYN_SNAPSHOT_CONTROL_DIR: snapshots are not supported by this version of sgnode")
     _embeddings(_role(server, dynamo), server, dynamo)
+    _generates_media(_role(server, dynamo), dynamo)
     if dynamo.use_kv_events:
         _kv_events(json.loads(server.kv_events_config), server)
     parse_engine_route_descriptors(dynamo.engine_routes)
@@ -206,8 +207,32 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
             "enable_local_indexer": bool(getattr(dynamo, "enable_local_indexer", True)),
             "use_kv_events": dynamo.use_kv_events,
             "engine_request_limit": getattr(dynamo, "engine_request_limit", None),
+            "media_output_fs_url": dynamo.media_output_fs_url,
+            "media_output_http_url": dynamo.media_output_http_url,
         },
     }
+
+
+def _generates_media(role: str, dynamo: Any) -> None:
+    """What an image or a video worker can't have, and where its files go. Raises ValueError."""
+    if role not in ("image", "video"):
+        return
+    if dynamo.image_diffusion_worker and dynamo.video_generation_worker:
+        raise ValueError("--image-diffusion-worker, --video-generation-worker: one of the two")
+    if dynamo.use_kv_events:
+        raise ValueError("--kv-events-config: image and video workers have no KV cache")
+    from dynamo.common.storage import get_fs
+
+    flag, url = "--media-output-fs-url", dynamo.media_output_fs_url
+    try:
+        store = get_fs(url)
+    except (ImportError, ValueError, OSError) as error:
+        raise ValueError(f"{flag} {url}: {error}") from error
+    if "file" not in store.fs.protocol:
+        return  # whether it can be reached shows with the first file
+    place = next(folder for folder in (Path(store.path), *Path(store.path).absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {url}: {place} can't be written to")
 
 
 def _health_check(server: Any, dynamo: Any) -> dict[str, Any] | None:

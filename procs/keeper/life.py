@@ -77,7 +77,11 @@ def _remove(tmp: Path) -> None:
     with contextlib.suppress(OSError):
         mark = (tmp / SHM_MARK_FILE).read_text()
     for place in SHARED_PLACES if mark.startswith("sgnode-") else ():
-        for left in place.glob(f"*{mark}*"):
+        # SGLang's diffusion allows no dash in its names.
+        for left in place.glob(f"*{mark.replace('-', '[-_]')}*"):
             with contextlib.suppress(OSError):
-                left.unlink()
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
     shutil.rmtree(tmp, ignore_errors=True)

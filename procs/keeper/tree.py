@@ -10,11 +10,13 @@ ESSENTIAL = {
     "sglang::detoken": "detokenizer",
     "sglang::data_pa": "data parallel controller",
     "sglang::tokeniz": "tokenizer worker",
+    "sgl_diffusion::": "scheduler",
     "sgnode::child": "child",
 }
 """Beginning of a title (15 bytes: what the kernel keeps of it in comm) -> who that is. Without any of them the engine is dead.
 
-Titles of SGLang 0.5.16 and 0.5.23: ``sglang::scheduler_TP0``, ``sglang::detokenizer``, ``sglang::data_parallel_controller``.
+Titles of SGLang 0.5.16 and 0.5.23: ``sglang::scheduler_TP0``, ``sglang::detokenizer``, ``sglang::data_parallel_controller``; of
+image and video workers ``sgl_diffusion::scheduler``.
 """
 
 PF_EXITING = 0x4

@@ -8,7 +8,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 CHILDREN_SECONDS = 30.0
 """How long the engine's list of children is good for: finding them reads all of /proc."""
-TITLES = ("sglang::", "sgnode::")
+TITLES = ("sglang::", "sgl_diffusion::", "sgnode::")
 """What the engine's children call themselves; others of it have no metrics."""
 
 

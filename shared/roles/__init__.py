@@ -5,6 +5,7 @@ from shared.roles.aggregated import AGGREGATED
 from shared.roles.decode import DECODE
 from shared.roles.diffusion_lm import DIFFUSION_LM
 from shared.roles.embedding import EMBEDDING
+from shared.roles.image import IMAGE
 from shared.roles.mm_decode import MM_DECODE
 from shared.roles.mm_encode import MM_ENCODE
 from shared.roles.mm_prefill import MM_PREFILL
@@ -13,20 +14,18 @@ from shared.roles.prefill import PREFILL
 from shared.roles.rerank import RERANK
 from shared.roles.role import Role
 from shared.roles.text import text_mode
+from shared.roles.video import VIDEO
 
-LISTED = (AGGREGATED, PREFILL, DECODE, EMBEDDING, RERANK, DIFFUSION_LM, MM_ENCODE, MM_WORKER, MM_PREFILL, MM_DECODE)
+LISTED = (
+    AGGREGATED, PREFILL, DECODE, EMBEDDING, RERANK, DIFFUSION_LM, MM_ENCODE, MM_WORKER, MM_PREFILL, MM_DECODE, IMAGE, VIDEO,
+)  # fmt: skip
 ROLES: dict[str, Role] = {role.name: role for role in LISTED}
-
-PLANNED = ("image", "video")
-"""Names of the roles that are not built yet; asking for one is an error at start, never a half-working node."""
 
 
 def find(name: str, *, text: bool = False) -> Role:
-    """The role of that name, ``text``: in text mode. NodeError for one that isn't there (yet)."""
+    """The role of that name, ``text``: in text mode. NodeError for one that isn't there."""
     if name in ROLES:
         role = ROLES[name]
         # Prefill has the frontend's tokens in any case, and so have workers behind another; the pooling roles take text as it is.
         return text_mode(role) if text and role.generates and role.model_type not in ("Prefill", "Empty") else role
-    if name in PLANNED:
-        raise NodeError(f"worker type {name!r} is not supported by this version of sgnode; supported: {', '.join(ROLES)}")
-    raise NodeError(f"unknown role {name!r}; known: {', '.join((*ROLES, *PLANNED))}")
+    raise NodeError(f"unknown role {name!r}; known: {', '.join(ROLES)}")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from shared.frames import EngineFacts
+from shared.roles import diffusion
 from shared.roles.decode import HEALTH_CHECK
 from shared.roles.role import Asked, Payload, Request, Role
 
@@ -28,6 +29,8 @@ def payload(role: Role, facts: EngineFacts, given: dict[str, Any] | None, rank: 
     made = role.canary(facts) if given is None else role.to_engine(Asked(request(role, facts, given), facts))[0]
     if role.generates:
         made = {**made, "detokenize": True}  # the long way: what isn't direct needs it as well
+    elif role.engine == diffusion.ENGINE:
+        made = {**made, "canary": True}  # it asks whether the engine works, not for room in its queue
     if rank is None:
         return made
     # A bootstrap room belongs to a rank as well (dynamo.sglang 1.6.1, warmup_prefill_engine).

@@ -15,6 +15,8 @@ prompt is rendered there, and text as output. ``native``: SGLang's own GenerateR
 ``media`` and ``blobs``: the kinds and the contents of a ``generate``'s media (shared.roles.media); ``encoded``: what another
 engine has made of them (shared.roles.mm_wire). ``encode``: media become embeddings for another engine; that engine has to fetch
 them while the request lasts.
+``diffuse``: an image or a video; ``params`` are SGLang's sampling parameters, a blob the picture to start from, ``canary``: the
+queue's bound does not hold for it.
 ``detokenize``: a ``generate`` that goes through SGLang's detokenizer, as those with text do; ids need it not.
 """
 Request = dict[str, Any]
@@ -92,7 +94,7 @@ class Role:
     opening: Callable[[Asked, Payload], Chunk | None] = _nothing
     """A chunk that leaves as soon as the request is submitted, before the engine has said anything."""
     engine: str = "generate"
-    """What its engine's process builds: ``generate``, or ``encode`` for a vision tower alone."""
+    """What its engine's process builds: ``generate``; ``encode`` for a vision tower alone, ``diffuse`` for images and videos."""
     callee: Callee | None = None
     takes_media: bool = False
     """Images, videos and audio of a request are fetched for it, where its model takes them."""

@@ -8,7 +8,7 @@ import pytest
 
 from shared.errors import Code, NodeError, RequestError
 from shared.frames import Output
-from shared.roles import PLANNED, ROLES, find
+from shared.roles import ROLES, find
 from shared.roles.role import Asked
 from tests.unit.role_bench import FACTS, asked, only, said
 
@@ -295,9 +295,7 @@ def test_routed_experts_go_along() -> None:
 
 
 def test_the_table_names_every_worker_type() -> None:
-    assert len(ROLES) + len(PLANNED) == 12
-    with pytest.raises(NodeError, match="not supported by this version"):
-        find("image")
+    assert len(ROLES) == 12
     with pytest.raises(NodeError, match="unknown role"):
         find("poet")
 
