@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+from shared import nixl
 from shared.config import RUNTIME_DIR_VARIABLE, NodeConfig, load
 from shared.environment import allowed
 from shared.errors import NodeError
@@ -64,6 +65,10 @@ def environment(program: str, environ: dict[str, str], config: NodeConfig) -> di
     if program == "frontend":
         # A slow reader gets the end of its stream: Dynamo 1.6.1 would cut every connection after 5 s.
         result.setdefault("DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", str(FRONTEND_STOP_SECONDS))
+    if program == "frontend" and config.media.frontend_decoding:
+        result |= nixl.environment(result)
+        paths = [result.get("LD_LIBRARY_PATH", ""), str(nixl.libraries() or "")]
+        result["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
     if program == "agent":
         # Any free port. The relay scrapes it, and whoever reads the model card fetches the tokenizer there: it must be
         # reachable wherever the requests are (0.0.0.0: Dynamo advertises the host's outward address).

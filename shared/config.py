@@ -73,6 +73,8 @@ class MediaLimits(msgspec.Struct, frozen=True):
     """All that an agent may hold at a time for requests that the engine has not answered."""
     domains: list[str] = []
     """Where media may come from (SGLang's --allowed-media-domains); empty: from any public address."""
+    frontend_decoding: bool = False
+    """Images come decoded, out of the frontend's memory (--frontend-decoding)."""
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):

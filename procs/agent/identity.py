@@ -27,6 +27,7 @@ from dynamo.llm import (
 from dynamo.runtime import DistributedRuntime
 from prometheus_client import CollectorRegistry
 
+from procs.agent import decoding
 from procs.agent.callee import Callees
 from procs.agent.handler import Handler
 from procs.agent.pooling_metrics import PoolingMetrics
@@ -281,6 +282,7 @@ class Identity:
             needs=self._needs,
             router_config=_router_config(self._config.worker_argv),
             model_aliases=dynamo.served_model_aliases or None,
+            **decoding.card(self._config.media),
             **self._card_of_tokens(facts),
         )
 

@@ -13,6 +13,7 @@ from procs.agent.images import look
 from procs.agent.media_source import Sources
 from shared.config import MediaLimits
 from shared.errors import Code, RequestError
+from shared.roles import decoded
 from shared.roles.media import KINDS
 from shared.roles.role import Media
 
@@ -50,6 +51,7 @@ class Intake:
             self.release(media)
             raise
         media.blobs += [content for content, _ in found]
+        media.decoded += [index for index, (_, _, item) in enumerate(items) if decoded.named(item)]
         for name in KINDS:  # a data: URL is as large as what it holds
             if data.get(name):
                 data[name] = [None] * len(data[name])
@@ -82,6 +84,8 @@ class Intake:
         """An item's bytes, and its pixels where it is an image."""
         url = item.get("Url") if isinstance(item, dict) else item
         try:
+            if self._limits.frontend_decoding and decoded.named(item):
+                return self._decoded(kind, item, media)
             if not isinstance(url, str):
                 raise RequestError(Code.INVALID, f"expected a URL, got {_short(item)}")
             content = await self._sources.read(url, partial(self._hold, media))
@@ -89,6 +93,12 @@ class Intake:
         except RequestError as error:
             raise RequestError(error.code, f"{kind} {number}: {_line(error.message)}") from None
         return content, pixels
+
+    def _decoded(self, kind: str, item: Any, media: Media) -> tuple[bytes, int]:
+        """Its pixels stay where they are until the engine reads them; it is then that they take memory."""
+        image = decoded.check(item, kind, self._limits.max_pixels)
+        self._hold(media, image.nixl_descriptor.size)
+        return decoded.pack(image), image.shape[0] * image.shape[1]
 
 
 def _items(data: Any) -> list[tuple[str, int, Any]]:

@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shared import nixl
+
 
 def _parsers() -> list[argparse.ArgumentParser]:
     """Dynamo's and SGLang's parsers, as dynamo.sglang 1.6.1 builds them (args.py, parse_args)."""
@@ -111,7 +113,6 @@ class _Errors(logging.Handler):
 
 
 UNSUPPORTED = {
-    "frontend_decoding": "--frontend-decoding",
     "fpm_trace": "--fpm-trace",
     "dump_config_to": "--dump-config-to",
 }
@@ -153,6 +154,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
     if os.environ.get("DYN_SNAPSHOT_CONTROL_DIR"):
         raise ValueError("DYN_SNAPSHOT_CONTROL_DIR: snapshots are not supported by this version of sgnode")
     _embeddings(_role(server, dynamo), server, dynamo)
+    _frontend_decoding(_role(server, dynamo), dynamo)
     _generates_media(_role(server, dynamo), dynamo)
     if dynamo.use_kv_events:
         _kv_events(json.loads(server.kv_events_config), server)
@@ -175,6 +177,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
         "media": {
             "per_kind": getattr(server, "limit_mm_data_per_request", None) or {},
             "domains": list(getattr(server, "allowed_media_domains", None) or ()),
+            "frontend_decoding": bool(getattr(dynamo, "frontend_decoding", False)),
         },
         "enable_metrics": bool(server.enable_metrics),
         "tp_size": server.tp_size,
@@ -301,6 +304,19 @@ def _embeddings(role: str, server: Any, dynamo: Any) -> None:
         raise ValueError(f"--embedding-transfer-mode {mode}: needs the package nixl; `local` is for workers of one machine")
     if role == "mm_encode" and server.tp_size > 1:
         raise ValueError(f"--tp-size {server.tp_size}: an encode worker has one rank; start more of them instead")
+
+
+def _frontend_decoding(role: str, dynamo: Any) -> None:
+    """Whose requests have images that a frontend can decode, and what reads them. Raises ValueError."""
+    if not getattr(dynamo, "frontend_decoding", False):
+        return
+    flag = "--frontend-decoding"
+    if role != "aggregated":
+        raise ValueError(f"{flag}: for aggregated workers; a worker of the role {role} gets no decoded images")
+    if dynamo.use_sglang_tokenizer:
+        raise ValueError(f"{flag}: the frontend decodes nothing of a request that --use-sglang-tokenizer leaves as it is")
+    if nixl.libraries() is None or importlib.util.find_spec("nixl") is None:
+        raise ValueError(f"{flag}: needs the package nixl (pip install nixl==1.5.0)")
 
 
 def _gateway_workers(server: Any, dynamo: Any) -> int | None:

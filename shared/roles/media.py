@@ -29,7 +29,7 @@ def check(asked: Asked) -> None:
 
 def _copies(asked: Asked) -> None:
     """The engine gets a sample's media with each sample, which are up to 128."""
-    size = sum(map(len, asked.media.blobs)) if asked.media is not None else 0
+    size = max(asked.media.held, sum(map(len, asked.media.blobs))) if asked.media is not None else 0
     options = asked.request.get("sampling_options")
     count = options.get("n") if isinstance(options, dict) else None
     if isinstance(count, int) and count > 1 and count * size > COPIES_BYTES:
@@ -72,7 +72,8 @@ def arguments(asked: Asked) -> Payload:
     if asked.media is None or not asked.media.blobs:
         return {}
     # A list of its own: the bytes are let go of when the engine has them.
-    return {"media": asked.media.kinds, BLOBS: list(asked.media.blobs)}
+    found: Payload = {"media": asked.media.kinds, BLOBS: list(asked.media.blobs)}
+    return {**found, "decoded": asked.media.decoded} if asked.media.decoded else found
 
 
 def hashes(asked: Asked) -> Payload:

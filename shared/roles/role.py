@@ -36,6 +36,8 @@ class Media:
     blobs: list[bytes]
     held: int = 0
     """Bytes that count against the agent's bound (procs.agent.media)."""
+    decoded: list[int] = field(default_factory=list)
+    """Which of ``blobs`` say where an image's pixels are instead (shared.roles.decoded)."""
 
 
 @dataclass(slots=True)

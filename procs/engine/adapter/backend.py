@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from procs.engine.adapter import facts, media, shm
 from procs.engine.adapter.asks import Asks
@@ -21,6 +21,9 @@ from procs.engine.backend import Sink
 from shared import kv_sources, log_levels, logs
 from shared.config import NodeConfig
 from shared.errors import Code, RequestError
+
+if TYPE_CHECKING:
+    from procs.engine.adapter.decoded import Decoded
 
 ABORT_RETRY_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0)
 """Where ranks may hear an abort before its request (pipeline stages, DP attention), it is repeated (dynamo.sglang 1.6.1)."""
@@ -85,6 +88,7 @@ class SglangBackend:
         self._readers: dict[str, Reader] = {}
         self._sink: Sink | None = None
         self._kv_metrics: KvMetrics | None = None
+        self._decoded: Decoded | None = None
         self._repeats_aborts = _repeats_aborts(server_args)
 
     def _check_role(self) -> None:
@@ -120,6 +124,11 @@ class SglangBackend:
             mode = self._parsed.dynamo_args.embedding_transfer_mode.value
             embeddings = Embeddings(self._manager, None if self._config.role == "mm_decode" else inbox(mode))
         self._calls = Calls(self._engine, asks, embeddings)
+        if self._config.media.frontend_decoding:
+            from procs.engine.adapter.decoded import Decoded
+
+            self._decoded = Decoded(self._config.media)
+            self._calls.pictures = self._decoded.settle
         if self.facts.traces:
             from sglang.srt.observability.trace import set_global_trace_level
 
@@ -264,11 +273,15 @@ class SglangBackend:
         found = self._schedulers.numbers()
         if hasattr(self._manager, "from_detokenizer"):
             found["from_detokenizer"] = self._manager.from_detokenizer
+        if self._decoded is not None:
+            found.update(self._decoded.numbers())
         return found
 
     def close(self) -> None:
         if self._kv_metrics is not None:
             self._kv_metrics.close()
+        if self._decoded is not None:
+            self._decoded.close()
         self._engine.shutdown()
 
 

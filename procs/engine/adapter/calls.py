@@ -1,7 +1,7 @@
 """One request of each kind (Payload's ``call``) in SGLang's terms: its arguments, and what its answers mean."""
 
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from procs.engine.adapter import media
@@ -28,6 +28,8 @@ class Calls:
         self._manager = engine.tokenizer_manager
         self._asks = asks
         self._embeddings = embeddings
+        self.pictures: Callable[[dict[str, Any]], Awaitable[None]] | None = None
+        """Reads what frontends have decoded (Decoded.settle)."""
         self._prompts = InputParamManager(self._manager.tokenizer)
 
     async def stream(self, rid: str, payload: dict[str, Any]) -> AsyncIterator[Answer]:
@@ -44,6 +46,8 @@ class Calls:
             await self._embeddings.settle(payload)
         else:
             media.settle(payload, self._manager)
+            if self.pictures is not None:
+                await self.pictures(payload)
         self._asks.settle(payload)
         stream: AsyncIterator[Answer] = await self._engine.async_generate(**payload, rid=rid, stream=True)
         return stream

@@ -55,9 +55,11 @@ def bound(manager: Any) -> None:
 
 
 def count(image: Any) -> int:
-    """Pixels of an image file by its header; none for what isn't one, which SGLang will say."""
+    """Pixels of an image, of a file by its header; none for what isn't one, which SGLang will say."""
     from PIL import Image
 
+    if isinstance(image, Image.Image):
+        return image.width * image.height
     if not isinstance(image, bytes):
         return 0
     try:
