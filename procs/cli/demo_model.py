@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from procs.cli import demo_pipeline
 from procs.cli.demo_tokenizer import train
 from procs.cli.flags import Parser
 from shared.errors import NodeError
@@ -25,7 +26,16 @@ ARCHS = {
     "reranker": "a Bert cross-encoder, for --rerank-worker",
     "sdar": "a diffusion language model, for --dllm-algorithm LowConfidence",
     "vision": "a Qwen2.5-VL, for images and text",
+    "image": "a Z-Image pipeline, for --image-diffusion-worker; DIR needs z-image in its name",
+    "video": "a Wan 2.1 pipeline, for --video-generation-worker",
 }
+FLAGS = {
+    "reranker": " --rerank-worker",
+    "sdar": " --dllm-algorithm LowConfidence",
+    "image": " --image-diffusion-worker",
+    "video": " --video-generation-worker",
+}
+"""Of `sgnode serve`, for those that are no ordinary worker's."""
 SDAR_VOCABULARY = 151680
 """SGLang 0.5.23 takes 151669 for SDAR's mask token, whatever the tokenizer has (srt/dllm/config.py)."""
 ADAPTER = "adapter"
@@ -40,7 +50,8 @@ def main(argv: list[str]) -> int:
     made.add_argument("directory", type=Path, metavar="DIR")
     shown = "; ".join(f"{name}: {what}" for name, what in ARCHS.items())
     made.add_argument("--arch", choices=tuple(ARCHS), default="llama", help=f"{shown} (default: %(default)s)")
-    made.add_argument("--vision", dest="arch", action="store_const", const="vision", help="--arch vision")
+    for arch in ("vision", "image", "video"):
+        made.add_argument(f"--{arch}", dest="arch", action="store_const", const=arch, help=f"--arch {arch}")
     made.add_argument("--lora", action="store_true", help=f"also a LoRA adapter for it in DIR/{ADAPTER} (llama and qwen3)")
     found = made.parse_args(argv)
     if found.lora and found.arch not in ("llama", "qwen3"):
@@ -48,13 +59,15 @@ def main(argv: list[str]) -> int:
     target: Path = found.directory.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise NodeError(f"DIR {target}: exists and is not an empty directory")
+    if found.arch in demo_pipeline.CLASSES:
+        demo_pipeline.check(target, found.arch)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Made beside it and renamed: an interrupted run leaves no half of a model.
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
             made_in = Path(place) / "model"
             made_in.mkdir()
-            write(made_in, found.arch)
+            (demo_pipeline.write if found.arch in demo_pipeline.CLASSES else write)(made_in, found.arch)
             if found.lora:
                 write_adapter(made_in / ADAPTER)
             made_in.rename(target)
@@ -67,7 +80,7 @@ def main(argv: list[str]) -> int:
 
 
 def _command(directory: Path, arch: str, lora: bool) -> str:
-    flags = {"reranker": " --rerank-worker", "sdar": " --dllm-algorithm LowConfidence"}.get(arch, "")
+    flags = FLAGS.get(arch, "")
     if lora:
         flags = f" --enable-lora --lora-backend torch_native --lora-paths demo={directory / ADAPTER}"
     return f"sgnode serve {directory}{flags}"

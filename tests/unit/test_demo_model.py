@@ -151,3 +151,23 @@ def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert demo_model.main([str(tmp_path / "empty")]) == 0
     assert (tmp_path / "empty" / "config.json").exists()
+
+
+def test_a_pipeline_has_what_sglang_knows_it_by_and_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
+    for kind, name in (("image", "tiny-z-image"), ("video", "tiny-wan")):
+        one, again = tmp_path / "one" / name, tmp_path / "again" / name
+        for target in (one, again):
+            assert demo_model.main([str(target), f"--{kind}"]) == 0
+        files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+        assert all((one / path).read_bytes() == (again / path).read_bytes() for path in files)
+        index = json.loads((one / "model_index.json").read_text())
+        assert index["_class_name"] == {"image": "ZImagePipeline", "video": "WanPipeline"}[kind]
+        assert {"tokenizer", "text_encoder", "transformer", "vae", "scheduler"} <= index.keys()
+    shape = json.loads((tmp_path / "one" / "tiny-z-image" / "transformer" / "config.json").read_text())
+    assert (shape["num_layers"], shape["num_attention_heads"]) == (1, 2)
+
+
+def test_an_image_pipeline_of_another_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NodeError, match="z-image"):
+        demo_model.main([str(tmp_path / "demo"), "--image"])
+    assert not (tmp_path / "demo").exists()

@@ -21,9 +21,8 @@ def mp4(frames: Sequence[Any], fps: int, on_frame: Callable[[], None]) -> bytes:
     import numpy
 
     out = io.BytesIO()
-    writing: Any = imageio.get_writer
     options: dict[str, Any] = {"codec": "libvpx-vp9", "output_params": ["-pix_fmt", "yuv420p"]}
-    with writing(out, format="mp4", fps=fps, **options) as writer:
+    with imageio.get_writer(out, format="mp4", fps=fps, **options) as writer:
         for frame in frames:
             writer.append_data(numpy.asarray(frame))
             on_frame()
