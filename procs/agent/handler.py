@@ -80,7 +80,7 @@ class Handler:
                 if chunk is not None:
                     yield answer.passed(chunk)
             if not answer.finished and not answer.nobody_listens:
-                raise exception(RequestError(Code.PEER_DEAD, "the answer ended before its last chunk"), started=answer.started)
+                raise RequestError(Code.PEER_DEAD, "the generating worker's answer ended before its last chunk")
 
     def generate(self, request: Request | str, context: Any, response_sender: Sender | None = None) -> AsyncIterator[Chunk]:
         """Dynamo 1.6.1 calls this for each request and finds the last two parameters by their names.
@@ -123,12 +123,12 @@ class Handler:
                 headers = span.headers
             if self.intake is not None and found.get(media.DATA):
                 answer.media = await self._gather(self.intake, found, context)
-                if answer.media is None:
-                    yield answer  # the client has gone: there is nothing to answer
-                    return
-            answer.asked = self._asked(found, context, headers, answer)
-            if not await self._ask(answer):
-                yield answer
+                answer.nobody_listens = answer.media is None
+            if not answer.nobody_listens:
+                answer.asked = self._asked(found, context, headers, answer)
+                await self._ask(answer)
+            if answer.nobody_listens:
+                yield answer  # there is nothing to answer
                 return
             answer.opening = self._submit(answer)
             if span is not None and answer.streams:
@@ -191,17 +191,17 @@ class Handler:
         facts = self._client.welcome.facts
         return Asked(request, facts, context_id, headers or None if facts.traces else None, media=answer.media)
 
-    async def _ask(self, answer: "_Answer") -> bool:
-        """Ask the other worker that this role asks first. False when the client has gone meanwhile."""
+    async def _ask(self, answer: "_Answer") -> None:
+        """Ask the other worker that this role asks first. The client may go meanwhile."""
         callee = self.role.callee
         body = self._by_role(answer, callee.request, answer.asked) if callee is not None and callee.first else None
         if callee is None or body is None:
-            return True
+            return
         answer.listen_for_its_end()
         call = self._call(answer, body)
         chunk = await anext(call, None)
         if answer.nobody_listens:
-            return False
+            return
         if chunk is None:
             raise RequestError(Code.PEER_DEAD, "the worker that was asked first ended without an answer")
         self._by_role(answer, callee.take, chunk, answer.asked)
@@ -209,7 +209,6 @@ class Handler:
         call.on_fail = answer.callee_failed
         if call.failure is not None:
             raise call.failure
-        return True
 
     def _call(self, answer: "_Answer", body: Request | str) -> Call:
         if self.callees is None:

@@ -59,18 +59,18 @@ def outbox(mode: str) -> Outbox:
     """Raises what the mode's library raises."""
     if mode == "local":
         return LocalOutbox()
-    from procs.engine.adapter import nixl
+    from procs.engine.adapter import embeddings_nixl
 
-    return nixl.outbox(mode)
+    return embeddings_nixl.outbox(mode)
 
 
 def inbox(mode: str) -> Inbox:
     """Raises what the mode's library raises."""
     if mode == "local":
         return LocalInbox()
-    from procs.engine.adapter import nixl
+    from procs.engine.adapter import embeddings_nixl
 
-    return nixl.inbox(mode)
+    return embeddings_nixl.inbox(mode)
 
 
 # --- sending --------------------------------------------------------------------------------------------------------------

@@ -179,9 +179,9 @@ async def encode(encoder: Any, kind: str, content: bytes) -> Encoded:
     try:
         grids, made, aux = await mm_encode(encoder, [bytes(content)], Modality[kind.upper()])
     except Exception as error:
-        # SGLang's own (0.5.23, encoder/server.py): what it says of a client's file has a status.
+        # SGLang's own (0.5.23, encoder/server.py): what it says of a client's file has a status, and much of the file in it.
         if 400 <= int(getattr(error, "code", None) or 500) < 500:
-            raise RequestError(Code.INVALID, f"{kind}: {error}") from None
+            raise RequestError(Code.INVALID, f"{kind}: can't be decoded: damaged, or too small for the model") from None
         raise
     grid = grids.tolist() if hasattr(grids, "tolist") else grids
     grid = grid[0] if isinstance(grid[0], list) else grid
