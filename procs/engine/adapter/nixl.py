@@ -117,7 +117,7 @@ class Shared:
 
     def __init__(self, agent: "Agent", operation: Any, size: int) -> None:
         self._agent = agent
-        self.operation = operation
+        self.operation: Any = operation
         self.size = size
         self.metadata = operation.metadata()
         """For the reader: Dynamo's RdmaMetadata."""
@@ -275,7 +275,8 @@ class Agent:
 
     def _unshare(self, shared: Shared) -> None:
         del self._shared[shared.key]
-        self._free(shared.operation)
+        operation, shared.operation = shared.operation, None  # it holds the agent
+        self._free(operation)
 
     # --- what is late -------------------------------------------------------------------------------------------------------
 
@@ -351,6 +352,8 @@ def _checked(metadata: Any, size: int) -> Any:
         unpacked.decompress(raw, METADATA_BYTES)
         if not unpacked.eof:
             raise ValueError(f"more than {METADATA_BYTES} bytes of metadata, or not all of them")
+        if where.operation_kind != connect.OperationKind.READ:
+            raise ValueError("it is not to be read")
         sizes = [descriptor.size for descriptor in where.descriptors]
     except (ValueError, TypeError, binascii.Error, zlib.error) as error:  # pydantic's are ValueErrors
         raise RequestError(Code.INVALID, f"no memory that can be read: {_said(error)}") from None
