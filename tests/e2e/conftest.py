@@ -1,5 +1,6 @@
 """Fixtures on the real engine."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.direct import Call, direct
-from tests.harness import CPU, Node
+from tests.harness import CPU, SGNODE, Node
 
 MODEL = "demo"
 PROMPTS = [[20 + i, 30 + i % 7, *range(40, 40 + 3 * i)] for i in range(50)]
@@ -23,6 +24,14 @@ CHATS: list[Messages] = [
 CHAT_TOKENS = 32
 CHAT_ENDS = 400
 """Tokens in which some greedy answers end by themselves."""
+
+
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny vision model."""
+    path = tmp_path_factory.mktemp("models") / "demo-vision"
+    subprocess.run([SGNODE, "demo-model", "--vision", str(path)], check=True, capture_output=True, timeout=120)
+    return path
 
 
 @pytest.fixture(scope="session")
