@@ -108,7 +108,10 @@ def text_bomb() -> bytes:
 
 
 class Origin:
-    """An HTTP server on 127.0.0.1. ``/good`` is a picture, ``/never`` says nothing; ``answers`` adds pages."""
+    """An HTTP server on 127.0.0.1. ``/good`` is a picture; ``answers`` adds pages.
+
+    ``/never`` says nothing, except to Dynamo's frontend, which asks for an image's first bytes and waits 10 s for them.
+    """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -123,8 +126,11 @@ class Origin:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                origin.asked.append(self.path)
                 self.close_connection = True
+                if "Range" in self.headers:
+                    self._answer(200, {}, good(1))
+                    return
+                origin.asked.append(self.path)
                 if self.path == "/never":
                     self.connection.recv(1)
                     origin.left.append(self.path)

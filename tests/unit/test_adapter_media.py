@@ -65,10 +65,14 @@ def settled(ids: list[int], *named: str, tokens: Any = None) -> dict[str, Any]:
     return payload
 
 
-def test_a_kind_is_taken_that_has_a_placeholder() -> None:
+def test_a_kind_is_taken_that_has_a_placeholder_and_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"decord", "torchaudio"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in there else None)
     assert kinds(manager()) == ["image", "video"]
     assert kinds(manager(multimodal=False)) == []
     assert kinds(manager(SimpleNamespace())) == ["image", "video", "audio"], "a processor that doesn't say"
+    there.clear()
+    assert kinds(manager()) == ["image"]
 
 
 def test_each_kind_is_an_argument() -> None:

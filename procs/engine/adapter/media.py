@@ -1,5 +1,6 @@
 """A request's media in SGLang's terms: which kinds its model takes, the arguments for them, and what is wrong with them."""
 
+import importlib.util
 import re
 from collections import Counter
 from typing import Any
@@ -10,16 +11,24 @@ from shared.errors import Code, RequestError
 
 KINDS = ("image", "video", "audio")
 """SGLang's argument for a kind is named after it: ``image_data`` and so on."""
+DECODERS = {"video": ("torchcodec", "decord"), "audio": ("torchcodec", "torchaudio")}
+"""Packages with any of which SGLang 0.5.23 reads a kind. Without one it fails at each item, as if by a defect."""
 UNREADABLE = re.compile(r"^An exception occurred while loading (?:(\w+) data at index (\d+)|multimodal data)")
 """How SGLang 0.5.23 begins when an item can't be decoded (base_processor.py)."""
 
 
 def kinds(manager: Any) -> list[str]:
-    """Kinds that this engine's model takes: its processor has a placeholder token for them (SGLang 0.5.23, mm_tokens)."""
+    """Kinds that this engine takes: its model's processor has a placeholder token for them (SGLang 0.5.23, mm_tokens), and
+    this host a decoder.
+    """
     if not getattr(manager.model_config, "is_multimodal", False):
         return []
     placeholders = _placeholders(manager)
-    return [kind for kind in KINDS if not placeholders or kind in placeholders]
+    return [kind for kind in KINDS if (not placeholders or kind in placeholders) and _decodable(kind)]
+
+
+def _decodable(kind: str) -> bool:
+    return kind not in DECODERS or any(importlib.util.find_spec(package) is not None for package in DECODERS[kind])
 
 
 def settle(payload: dict[str, Any], manager: Any) -> None:
