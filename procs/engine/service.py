@@ -304,36 +304,31 @@ class Service:
         self._send_step(peer, outputs)
 
     def _send_step(self, peer: Peer, outputs: list[Output]) -> None:
-        """An output that no frame can carry ends its own request; the others of the step go."""
-        peer.sent += 1
+        """What no frame can carry together goes one by one; an output that none can carry ends its own request."""
         parts = blobs.detach(outputs) if peer.has_blobs else []
         try:
-            self._send(peer.identity, Step(self._incarnation, peer.sent, outputs), parts)
-        except UNENCODABLE:
-            blobs.attach(outputs, parts)
-            good = [output for output in outputs if not self._unencodable(peer, output)]
-            parts = blobs.detach(good)
-            self._send(peer.identity, Step(self._incarnation, peer.sent, good), parts)
-
-    def _unencodable(self, peer: Peer, output: Output) -> bool:
-        plain, parts = blobs.take(output.meta)
-        try:
-            encode([output.finish, plain, output.token_ids, output.text])
-            _check_sizes(parts)
+            self._send(peer.identity, Step(self._incarnation, peer.sent + 1, outputs), parts)
+            peer.sent += 1
         except UNENCODABLE as error:
-            logging.error("request %s: %s: %s", output.rid, type(error).__name__, error)
-            if self._streams.pop(output.rid, None) is not None:
-                peer.rids.discard(output.rid)
-                self._backend.abort(output.rid)
-            self._send(peer.identity, Failed(output.rid, Code.INTERNAL, f"the answer can't be passed on: {error}"))
-            return True
-        return False
+            blobs.attach(outputs, parts)
+            if len(outputs) > 1:
+                for output in outputs:
+                    self._send_step(peer, [output])
+            else:
+                self._unencodable(peer, outputs[0].rid, error)
+
+    def _unencodable(self, peer: Peer, rid: str, error: Exception) -> None:
+        logging.error("request %s: %s: %s", rid, type(error).__name__, error)
+        if self._streams.pop(rid, None) is not None:
+            peer.rids.discard(rid)
+            self._backend.abort(rid)
+        self._send(peer.identity, Failed(rid, Code.INTERNAL, f"the answer can't be passed on: {error}"))
 
     def _send(self, identity: bytes, frame: FromEngine, parts: Sequence[Blob] = ()) -> None:
         if self._socket is None:
             return
         data = encode(frame)
-        _check_sizes(parts)
+        _check_sizes([data, *parts])
         try:
             if parts:
                 self._socket.send_large([identity, data, *parts])
@@ -374,6 +369,6 @@ class Service:
 
 def _check_sizes(parts: Sequence[Blob]) -> None:
     """Raises ValueError for a part that would cost its peer the connection."""
-    largest = max(map(len, parts), default=0)
+    largest = max(map(len, parts))
     if largest > REQUEST_MAX_BYTES:
         raise ValueError(f"{largest} bytes, {REQUEST_MAX_BYTES} at most")

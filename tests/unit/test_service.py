@@ -321,9 +321,28 @@ def test_an_answer_that_no_frame_can_carry_ends_its_own_request_alone(tmp_path: 
         assert bench.backend.aborted == [bad], "the last one has ended by itself"
         bench.service.output(failing, [4], None, {"native": object()})
         bench.service.failed(failing, Code.INVALID, "no")
-        frames = [await peer.receive() for _ in range(3)]
-        assert [type(frame) for frame in frames] == [Failed, Step, Failed] and frames[1].seq == 2
+        frames = [await peer.receive() for _ in range(2)]
+        assert [type(frame) for frame in frames] == [Failed, Failed]
         assert set(bench.service._streams) == {good}
+
+    run(tmp_path, test)
+
+
+def test_answers_that_are_too_large_together_go_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame past the socket's limit would cost the peer its connection."""
+    monkeypatch.setattr(module, "REQUEST_MAX_BYTES", 1000)
+
+    async def test(bench: Bench) -> None:
+        peer = bench.peer()
+        await peer.hello()
+        rids = [await bench.submit(peer) for _ in range(3)]
+        await bench.until(lambda: len(bench.backend.submitted) == 3)
+        for rid, size in zip(rids, (600, 1000, 700), strict=True):
+            bench.service.output(rid, [1], None, {"native": b"x" * size})
+        frames = [await peer.receive() for _ in range(3)]
+        steps = [frame for frame in frames if isinstance(frame, Step)]
+        assert [(step.seq, [output.rid for output in step.outputs]) for step in steps] == [(1, [rids[0]]), (2, [rids[2]])]
+        assert [frame.rid for frame in frames if isinstance(frame, Failed)] == bench.backend.aborted == [rids[1]]
 
     run(tmp_path, test)
 
