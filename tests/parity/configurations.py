@@ -65,7 +65,7 @@ CONFIGURATIONS = {
         Configuration(
             "media",
             "a vision model",
-            flags=("--limit-mm-data-per-request", '{"image": 8}'),
+            flags=("--enable-multimodal", "--limit-mm-data-per-request", '{"image": 8}'),
             arch="vision",
             frontend=APIS,
         ),

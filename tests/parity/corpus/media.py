@@ -5,12 +5,13 @@ from typing import Any
 
 from PIL import Image
 
+from tests.media import saved, url
 from tests.parity.case import Case
 from tests.parity.corpus import pictures
 from tests.parity.corpus.build import both, chat, completion, message, response, streamed
 from tests.parity.corpus.generate import native, params
 from tests.parity.corpus.guided import SCHEMA
-from tests.parity.corpus.pictures import A, B, C, file, picture, turned, url
+from tests.parity.corpus.pictures import A, B, C, picture, turned
 from tests.parity.corpus.tools import TOOLS
 
 START, END, PAD = 5, 6, 7
@@ -46,11 +47,11 @@ def says(name: str, *messages: dict[str, Any], **options: Any) -> Case:
 
 def _bomb() -> bytes:
     """100 megapixels, 12 kB."""
-    return file(Image.new("1", (10_000, 10_000)))
+    return saved(Image.new("1", (10_000, 10_000)))
 
 
 def _flat(width: int, height: int) -> bytes:
-    return file(Image.new("RGB", (width, height), (200, 30, 90)))
+    return saved(Image.new("RGB", (width, height), (200, 30, 90)))
 
 
 CASES: list[Case] = [
@@ -90,9 +91,9 @@ CASES: list[Case] = [
         see("regex", A, guided_regex="[ab]{3}"),
         see("extra_fields", A, nvext={"extra_fields": ["stop_reason", "engine_data", "token_ids", "timing"]}),
         see("tools", A, tools=TOOLS),
-        see("jpeg", url(file(picture(), "JPEG", quality=90), "image/jpeg")),
-        see("webp", url(file(picture(), "WEBP", lossless=True), "image/webp")),
-        see("gif", url(file(picture(), "GIF"), "image/gif")),
+        see("jpeg", url(saved(picture(), "JPEG", quality=90), "image/jpeg")),
+        see("webp", url(saved(picture(), "WEBP", lossless=True), "image/webp")),
+        see("gif", url(saved(picture(), "GIF"), "image/gif")),
         see("damaged base64", "data:image/png;base64,@@@@"),
         see("cut png", A[: len(A) // 2]),
         see("empty", b""),
@@ -112,23 +113,23 @@ CASES: list[Case] = [
     see("token_data", A, nvext={"token_data": [20, START, PAD, END, 30]}),
     see("unknown model", A, model="nobody"),
     # Formats and sizes.
-    see("gif animated", url(file(picture(), "GIF", save_all=True, append_images=[picture(seed=2)]), "image/gif")),
-    see("jpeg progressive", url(file(picture(), "JPEG", progressive=True), "image/jpeg")),
-    see("jpeg grey", url(file(picture(mode="L"), "JPEG"), "image/jpeg")),
-    see("jpeg CMYK", url(file(picture(mode="CMYK"), "JPEG"), "image/jpeg")),
+    see("gif animated", url(saved(picture(), "GIF", save_all=True, append_images=[picture(2)]), "image/gif")),
+    see("jpeg progressive", url(saved(picture(), "JPEG", progressive=True), "image/jpeg")),
+    see("jpeg grey", url(saved(picture(mode="L"), "JPEG"), "image/jpeg")),
+    see("jpeg CMYK", url(saved(picture(mode="CMYK"), "JPEG"), "image/jpeg")),
     *[see(f"jpeg turned {way}", url(turned(way), "image/jpeg")) for way in (3, 6, 8)],
-    see("webp lossy", url(file(picture(), "WEBP", quality=50), "image/webp")),
-    see("webp alpha", url(file(pictures.translucent(), "WEBP", lossless=True), "image/webp")),
-    see("bmp", url(file(picture(), "BMP"), "image/bmp")),
-    see("tiff", url(file(picture(), "TIFF"), "image/tiff")),
+    see("webp lossy", url(saved(picture(), "WEBP", quality=50), "image/webp")),
+    see("webp alpha", url(saved(pictures.translucent(), "WEBP", lossless=True), "image/webp")),
+    see("bmp", url(saved(picture(), "BMP"), "image/bmp")),
+    see("tiff", url(saved(picture(), "TIFF"), "image/tiff")),
     see("svg", url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml")),
-    see("png alpha", file(pictures.translucent())),
-    see("png palette", file(picture().quantize(16))),
+    see("png alpha", saved(pictures.translucent())),
+    see("png palette", saved(picture().quantize(16))),
     see("png palette with a hole", pictures.palette_with_hole()),
-    see("png grey", file(picture(mode="L"))),
-    see("png grey alpha", file(picture(mode="LA"))),
-    see("png bits", file(picture(mode="1"))),
-    see("png 16 bit", file(picture(mode="I;16"))),
+    see("png grey", saved(picture(mode="L"))),
+    see("png grey alpha", saved(picture(mode="LA"))),
+    see("png bits", saved(picture(mode="1"))),
+    see("png 16 bit", saved(picture(mode="I;16"))),
     *[see(f"size {width}x{height}", _flat(width, height)) for width, height in SIZES],
     see("of another kind than it says", url(A, "image/jpeg")),
     see("kind absent", url(A, "")),
@@ -139,10 +140,10 @@ CASES: list[Case] = [
     see("base64 without its end", url(A).rstrip("=")[:-1]),
     see("base64 of URLs", url(A).replace("+", "-").replace("/", "_").replace("image_", "image/")),
     see("base64 escaped", url(A).replace("+", "%2B").replace("=", "%3D")),
-    see("data escaped", "data:image/png," + "".join(f"%{byte:02x}" for byte in file(picture(8, 8)))),
+    see("data escaped", "data:image/png," + "".join(f"%{byte:02x}" for byte in saved(picture(1, (8, 8))))),
     see("data without comma", "data:image/png;base64"),
     see("scheme in capitals", url(A).replace("data:", "DATA:")),
-    see("cut jpeg", url(file(picture(), "JPEG")[:1500], "image/jpeg")),
+    see("cut jpeg", url(saved(picture(), "JPEG")[:1500], "image/jpeg")),
     see("cut header", A[:20]),
     see("bad sum", A[:60] + bytes([A[60] ^ 255]) + A[61:]),
     see("bomb", _bomb()),
