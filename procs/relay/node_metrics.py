@@ -141,6 +141,7 @@ HELP = {
     "scheduler_transfers": "Requests that wait for a KV transfer",
     "scheduler_to_detokenizer": "Batches of tokens that the scheduler has given SGLang's detokenizer",
     "from_detokenizer": "Batches that SGLang's detokenizer has given back",
+    "nixl_read_bytes": "Bytes that NIXL has read from other processes",
     "nixl_registered": "Pieces of memory that NIXL reads into, or lets others read",
     "nixl_late": "Transfers over NIXL that are past their deadline and have not ended",
     "nixl_late_bytes": "Memory that is kept for them",

@@ -56,6 +56,23 @@ def refusal(answer: dict[str, Any]) -> str:
     return line
 
 
+DECODES_NOT = {
+    "a prefill worker": ["--disaggregation-mode", "prefill"],
+    "a decode worker": ["--disaggregation-mode", "decode"],
+    "an encode worker": ["--enable-multimodal", "--disaggregation-mode", "encode"],
+    "a worker behind one": ["--enable-multimodal", "--dedicated-mm-encoder", "--disaggregation-mode", "pd"],
+    "an embedding worker": ["--embedding-worker"],
+    "text mode": ["--use-sglang-tokenizer"],
+}
+
+
+def test_frontend_decoding_is_for_workers_that_get_decoded_images(check: Check) -> None:
+    assert check("--frontend-decoding")["media"]["frontend_decoding"] is True
+    assert check()["media"]["frontend_decoding"] is False
+    for who, flags in DECODES_NOT.items():
+        assert "frontend-decoding" in refusal(check("--frontend-decoding", *flags)), who
+
+
 def test_plain_values_of_an_aggregated_worker(check: Check, model: Path) -> None:
     found = check("--served-model-name", "one,two", "--discovery-backend", "file", "--enable-metrics", "--namespace", "ns")
     assert (found["role"], found["model_path"], found["served_model_name"]) == ("aggregated", str(model), "one")
