@@ -12,7 +12,7 @@ NAME = "Decoded"
 """An item's key in Dynamo's ``multi_modal_data``, where others have ``Url`` (1.6.1)."""
 METADATA_LIMIT = 1 << 20
 """Characters of a frontend's NIXL metadata: 500, and some 150 for each image that it holds."""
-Size = Annotated[int, Meta(ge=1)]
+Size = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 
 
 class Place(msgspec.Struct):

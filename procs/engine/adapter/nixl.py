@@ -146,6 +146,7 @@ class Agent:
         self._listening: asyncio.Task[None] | None = None
         self._late: set[asyncio.Task[None]] = set()
         self.late_bytes = 0
+        self.read_bytes = 0
         making = asyncio.run_coroutine_threadsafe(self._connector._create_connection(), self._side.loop)
         try:
             self._nixl = making.result()._nixl
@@ -156,6 +157,7 @@ class Agent:
     def numbers(self) -> dict[str, float]:
         """For the engine's Beat. From any thread."""
         return {
+            "nixl_read_bytes": self.read_bytes,
             "nixl_registered": self._open,
             "nixl_late": len(self._late),
             "nixl_late_bytes": self.late_bytes,
@@ -202,6 +204,7 @@ class Agent:
             self._failed(operation, name)
             raise RequestError(Code.PEER_DEAD, f"memory of {name} can't be read: {_said(error)}") from None
         self._free(operation)
+        self.read_bytes += size
         return tensor
 
     async def _begin(self, where: Any, tensor: Any) -> Any:
