@@ -54,7 +54,8 @@ def command(program: str, index: int | None, config: NodeConfig) -> list[str]:
 def environment(program: str, environ: dict[str, str], config: NodeConfig) -> dict[str, str]:
     """The environment of a program, from supervisord's."""
     publishes = program == "relay" and config.dynamo.use_kv_events
-    result = allowed("relay with KV events" if publishes else program, environ)
+    stores = program == "agent" and config.role in ("image", "video")
+    result = allowed("relay with KV events" if publishes else "agent with files" if stores else program, environ)
     if program in ("agent", "frontend") or publishes:
         # The system port is the prober's: Dynamo's runtime in each of these would bind it too.
         result.pop("DYN_SYSTEM_PORT", None)

@@ -18,7 +18,7 @@ ENGINE = (
     "NVSHMEM_*", "AWS_*", "GOOGLE_*", "AZURE_*", "RUNAI_*", "DYN_*", "MODEL_EXPRESS_*", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
     "http_proxy", "https_proxy", "no_proxy", "PROMETHEUS_*", "OTEL_*", "GPU_*", "HIP_*", "ROCR_*", "FAILOVER_*", "ENGINE_ID",
     "CC", "CXX", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "NVCC_*", "MAX_JOBS", "LLVM_*", "MLIR_*",
-    "TVM_*", "DG_*", "TILELANG_*", "CUTE_*", "CUTLASS_*", "XGRAMMAR_*",
+    "TVM_*", "DG_*", "TILELANG_*", "CUTE_*", "CUTLASS_*", "XGRAMMAR_*", "DIFFUSERS_*", "IMAGEIO_*",
 )  # fmt: skip
 """The engine and its keeper: accelerator libraries and compilers, model stores and their credentials."""
 
@@ -28,15 +28,19 @@ CLUSTER = (
 )  # fmt: skip
 """Those that talk to discovery: agents, frontend, coordinator."""
 
+STORES = ("AWS_*", "GOOGLE_*", "AZURE_*", "FSSPEC_*")
+"""What stores generated files (--media-output-fs-url): credentials, and fsspec's own options."""
+
 BY_PROGRAM: dict[str, tuple[str, ...]] = {
     "engine": COMMON + ENGINE,
     "agent": COMMON + CLUSTER,
+    "agent with files": COMMON + CLUSTER + STORES,
     "frontend": COMMON + CLUSTER,
     "coordinator": COMMON + CLUSTER + ("NOTIFY_SOCKET", "WATCHDOG_USEC"),
     "relay": (*COMMON, "OTEL_*", "CUDA_VISIBLE_DEVICES"),
     "relay with KV events": (*COMMON, *CLUSTER, "CUDA_VISIBLE_DEVICES"),
     "prober": (*COMMON, "DYN_SYSTEM_*", "DYN_HEALTH_*", "DYN_CANARY_*", "DYN_LORA_ENABLED"),
-    "supervisord": COMMON + ENGINE + CLUSTER + ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID"),
+    "supervisord": COMMON + ENGINE + CLUSTER + STORES + ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID"),
 }
 """supervisord keeps what any of its programs may get; each program's launcher narrows it again."""
 

@@ -15,6 +15,8 @@ from shared.frames import Output
 from shared.roles import diffusion, media
 from shared.roles.role import Asked, Chunk, Role
 
+STORE_FAILED = 502
+"""HTTP status of a file that can't be stored: neither the request nor the engine is at fault."""
 IN_PASSING = 1 << 20
 """Bytes that become base64 on the event loop; it takes a millisecond."""
 
@@ -69,7 +71,7 @@ class FileHandler(Handler):
             try:
                 place = {"url": await self._store.put(path, content)}
             except StoreError as error:
-                raise HttpError(500, str(error)) from None
+                raise HttpError(STORE_FAILED, str(error)) from None
             stored.append(path)
         elif len(content) <= IN_PASSING:
             place = {"b64_json": _text(content)}

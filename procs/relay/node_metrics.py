@@ -145,6 +145,8 @@ HELP = {
     "nixl_registered": "Pieces of memory that NIXL reads into, or lets others read",
     "nixl_late": "Transfers over NIXL that are past their deadline and have not ended",
     "nixl_late_bytes": "Memory that is kept for them",
+    "generations_total": "Generations of images and videos that have ended",
+    "generation_seconds_total": "Seconds that generations of images and videos took, encoding included",
     "running": "Requests in the scheduler's running batch",
     "waiting": "Requests in the scheduler's queue",
     "tokens": "Tokens handed to peers by the engine",

@@ -53,6 +53,7 @@ def test_environments() -> None:
     assert (agent["DYN_SYSTEM_PORT"], agent["DYN_SYSTEM_HOST"], agent["DYN_FILE_KV"]) == ("0", "127.0.0.1", "/kv")
     assert (agent["DYN_TCP_RPC_HOST"], agent["DYN_EVENT_PLANE_HOST"]) == ("127.0.0.1", "10.0.0.1")
     assert "AWS_SECRET_ACCESS_KEY" not in agent
+    assert launch.environment("agent", outside, node_config(role="image"))["AWS_SECRET_ACCESS_KEY"] == "s"
     assert "SGNODE_INCARNATION" not in agent
     assert "DYN_SYSTEM_PORT" not in launch.environment("frontend", outside, plain)
     assert launch.environment("engine", outside, plain)["AWS_SECRET_ACCESS_KEY"] == "s"
