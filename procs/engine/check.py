@@ -311,8 +311,8 @@ def _frontend_decoding(role: str, dynamo: Any) -> None:
     if not getattr(dynamo, "frontend_decoding", False):
         return
     flag = "--frontend-decoding"
-    if role != "aggregated":
-        raise ValueError(f"{flag}: for aggregated workers; a worker of the role {role} gets no decoded images")
+    if role not in ("aggregated", "mm_encode"):
+        raise ValueError(f"{flag}: for aggregated and encode workers; a worker of the role {role} gets no decoded images")
     if dynamo.use_sglang_tokenizer:
         raise ValueError(f"{flag}: the frontend decodes nothing of a request that --use-sglang-tokenizer leaves as it is")
     if nixl.libraries() is None or importlib.util.find_spec("nixl") is None:

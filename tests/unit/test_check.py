@@ -59,7 +59,6 @@ def refusal(answer: dict[str, Any]) -> str:
 DECODES_NOT = {
     "a prefill worker": ["--disaggregation-mode", "prefill"],
     "a decode worker": ["--disaggregation-mode", "decode"],
-    "an encode worker": ["--enable-multimodal", "--disaggregation-mode", "encode"],
     "a worker behind one": ["--enable-multimodal", "--dedicated-mm-encoder", "--disaggregation-mode", "pd"],
     "an embedding worker": ["--embedding-worker"],
     "text mode": ["--use-sglang-tokenizer"],

@@ -1,7 +1,7 @@
 """Images that a frontend has decoded: what of them is believed, what they count for, what the engine gets."""
 
 import asyncio
-import copy
+import io
 import math
 import os
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from procs import launch
 from procs.agent import decoding
@@ -151,21 +152,19 @@ def test_the_engine_gets_pictures_in_their_places(monkeypatch: pytest.MonkeyPatc
         return decoded.pack(decoded.check(found, "image", 1000))
 
     images = [packed(channels, 1000 * channels) for channels in (1, 2, 3, 4)]
-    payload = {"image_data": [b"a file", *images], "decoded": [1, 2, 3, 4]}
-    asyncio.run(reader.settle(payload))
-    assert payload.keys() == {"image_data"} and payload["image_data"][0] == b"a file"
-    for channels, image in zip((1, 2, 3, 4), payload["image_data"][1:], strict=True):
-        expected = there[1000 * channels]
-        assert image.mode == "RGB" and image.size == (5, 4)
-        grey = np.repeat(expected[..., :1], 3, axis=2)
-        assert (np.asarray(image) == (grey if channels < 3 else expected[..., :3])).all()
-    dead = {"image_data": [packed(3, 5)], "decoded": [0]}
+    for files in (False, True):
+        found: list[Any] = [b"a file", *images]
+        asyncio.run(reader.settle(found, [1, 2, 3, 4], files=files))
+        assert found[0] == b"a file"
+        for channels, image in zip((1, 2, 3, 4), found[1:], strict=True):
+            opened = Image.open(io.BytesIO(image)) if files else image
+            expected = there[1000 * channels]
+            assert opened.mode == "RGB" and opened.size == (5, 4)
+            grey = np.repeat(expected[..., :1], 3, axis=2)
+            assert (np.asarray(opened) == (grey if channels < 3 else expected[..., :3])).all()
     with pytest.raises(RequestError, match="image 1, decoded by the frontend: gone") as caught:
-        asyncio.run(reader.settle(dead))
+        asyncio.run(reader.settle([packed(3, 5)], [0]))
     assert caught.value.code == Code.PEER_DEAD
-    untouched = {"image_data": [b"a file"]}
-    asyncio.run(reader.settle(copy.copy(untouched)))
-    assert untouched == {"image_data": [b"a file"]}
 
 
 # --- the frontend's end --------------------------------------------------------------------------------------------------

@@ -273,9 +273,7 @@ class SglangBackend:
         found = self._schedulers.numbers()
         if hasattr(self._manager, "from_detokenizer"):
             found["from_detokenizer"] = self._manager.from_detokenizer
-        if self._decoded is not None:
-            found.update(self._decoded.numbers())
-        return found
+        return {**found, **facts.transfers()}
 
     def close(self) -> None:
         if self._kv_metrics is not None:

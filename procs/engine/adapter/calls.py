@@ -28,7 +28,7 @@ class Calls:
         self._manager = engine.tokenizer_manager
         self._asks = asks
         self._embeddings = embeddings
-        self.pictures: Callable[[dict[str, Any]], Awaitable[None]] | None = None
+        self.pictures: Callable[[list[Any], list[int]], Awaitable[None]] | None = None
         """Reads what frontends have decoded (Decoded.settle)."""
         self._prompts = InputParamManager(self._manager.tokenizer)
 
@@ -45,9 +45,10 @@ class Calls:
         if self._embeddings is not None and "encoded" in payload:
             await self._embeddings.settle(payload)
         else:
+            unread = payload.pop("decoded", [])
             media.settle(payload, self._manager)
-            if self.pictures is not None:
-                await self.pictures(payload)
+            if unread and self.pictures is not None:
+                await self.pictures(payload["image_data"], unread)  # images come first
         self._asks.settle(payload)
         stream: AsyncIterator[Answer] = await self._engine.async_generate(**payload, rid=rid, stream=True)
         return stream

@@ -1,6 +1,7 @@
 """Images that a frontend has decoded: their pixels, read out of its memory when their request begins."""
 
 import asyncio
+import io
 import uuid
 from typing import Any
 
@@ -19,14 +20,17 @@ class Decoded:
         self._seconds = limits.timeout
         self._agent = nixl.agent(limits.memory_bytes)
 
-    async def settle(self, payload: dict[str, Any]) -> None:
-        """Put pictures (PIL) into the places of what ``decoded`` names: images come first. Raises RequestError."""
-        images = payload.get("image_data", [])
-        for index in payload.pop("decoded", ()):
+    async def settle(self, images: list[Any], which: list[int], *, files: bool = False) -> None:
+        """Put pictures (PIL) into the places of those of ``images`` that are named. Raises RequestError.
+
+        ``files``: as files that are as good as not encoded, for one who wants bytes.
+        """
+        for index in which:
             try:
-                images[index] = await self._picture(decoded.unpack(images[index]))
+                image = await self._picture(decoded.unpack(images[index]))
             except RequestError as error:
                 raise RequestError(error.code, f"image {index + 1}, decoded by the frontend: {error.message}") from None
+            images[index] = await asyncio.to_thread(plain, image) if files else image
 
     async def _picture(self, image: decoded.Decoded) -> Any:
         import torch
@@ -41,9 +45,6 @@ class Decoded:
         pixels = await self._agent.read(metadata, image.shape, torch.uint8, self._seconds)
         return await asyncio.to_thread(picture, pixels.numpy())
 
-    def numbers(self) -> dict[str, float]:
-        return nixl.numbers()
-
     def close(self) -> None:
         nixl.close()
 
@@ -55,3 +56,10 @@ def picture(pixels: Any) -> Any:
 
     colours = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0]
     return Image.fromarray(np.ascontiguousarray(colours)).convert("RGB")
+
+
+def plain(image: Any) -> bytes:
+    """A PPM: its size and its pixels."""
+    out = io.BytesIO()
+    image.save(out, "PPM")
+    return out.getvalue()

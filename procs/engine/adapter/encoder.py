@@ -8,9 +8,9 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from procs.engine.adapter import embeddings
+from procs.engine.adapter import embeddings, facts
 from procs.engine.adapter.embedding_cache import Encoded, EncodedCache
 from procs.engine.adapter.side_loop import SideLoop
 from procs.engine.backend import Sink
@@ -19,6 +19,9 @@ from shared.blobs import BLOBS
 from shared.config import NodeConfig
 from shared.errors import Code, RequestError
 from shared.frames import EngineFacts
+
+if TYPE_CHECKING:
+    from procs.engine.adapter.decoded import Decoded
 
 GIGABYTE = 1024**3
 KINDS = ("image", "video")
@@ -81,12 +84,18 @@ class EncodeBackend:
         self._progress = Progress()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._sink: Sink | None = None
+        self._limits = config.media
+        self._decoded: Decoded | None = None
         self.info: dict[str, str] = {}
         self.facts = _facts(config, self._encoder, server_args, sorted(self._placeholders), time.monotonic() - started)
 
     def start(self, sink: Sink, stop: Callable[[], None]) -> None:
         self._sink = sink
         self._box = embeddings.outbox(self._mode)
+        if self._limits.frontend_decoding:
+            from procs.engine.adapter.decoded import Decoded
+
+            self._decoded = Decoded(self._limits)
 
     async def warm(self) -> None:
         """The first canary does it."""
@@ -133,6 +142,8 @@ class EncodeBackend:
         keeps = payload.get("keep", False)
         if not keeps:
             check(ids, kinds, self._placeholders)
+        if self._decoded is not None:
+            await self._decoded.settle(contents, payload.get("decoded", []), files=True)
         order = [index for kind in KINDS for index, found in enumerate(kinds) if found == kind]
         made = await asyncio.gather(*(self._cache.get(kinds[index], contents[index]) for index in order))
         del contents
@@ -165,7 +176,7 @@ class EncodeBackend:
         raise ValueError(f"unknown control {op!r}")
 
     def numbers(self) -> dict[str, float]:
-        return {**self._progress.numbers(), **self._cache.numbers()}
+        return {**self._progress.numbers(), **self._cache.numbers(), **facts.transfers()}
 
     def close(self) -> None:
         self._tower.close()

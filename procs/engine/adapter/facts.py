@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import sys
 from typing import Any
 
 from procs.engine.adapter import media
@@ -135,6 +136,12 @@ def kv_sources(server_args: Any) -> KvSources | None:
         assert events is not None
         ranks[rank] = KvSource(events, address(given.replay_endpoint, rank))
     return KvSources(kv_event_block_size(server_args), ranks)
+
+
+def transfers() -> dict[str, float]:
+    """What NIXL does in this process, for the Beat; nothing where nobody has asked for it."""
+    nixl = sys.modules.get("procs.engine.adapter.nixl")
+    return nixl.numbers() if nixl is not None else {}
 
 
 def _card_path(model: Any, server_args: Any) -> str:
