@@ -61,6 +61,9 @@ class Progress:
 class EncodeBackend:
     """See procs.engine.backend.Backend."""
 
+    _decoded: "Decoded | None" = None
+    """Reads what frontends have decoded, where the node is told that they do."""
+
     def __init__(self, config: NodeConfig, incarnation: int) -> None:
         """Build the tower; blocks for the whole load. Raises ValueError for a model without one."""
         from dynamo.sglang._compat import get_mm_encoder_class, publish_server_args
@@ -85,7 +88,6 @@ class EncodeBackend:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._sink: Sink | None = None
         self._limits = config.media
-        self._decoded: Decoded | None = None
         self.info: dict[str, str] = {}
         self.facts = _facts(config, self._encoder, server_args, sorted(self._placeholders), time.monotonic() - started)
 
