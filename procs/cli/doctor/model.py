@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from procs.cli import serve
+from procs.cli.doctor import pipeline
 from procs.cli.doctor.finding import Finding, error, ok, warning
 from procs.cli.doctor.subject import Subject
 
@@ -107,7 +108,9 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield ok("model", f"{name}: one file, {subject.model.stat().st_size / 1e9:.1f} GB, not looked into")
         return
     directory = place(subject)
-    if directory is not None:
+    if directory is not None and config.role in ("image", "video"):
+        yield from pipeline.complete(directory)
+    elif directory is not None:
         dummy = subject.flag("--load-format") == "dummy" or subject.synthetic
         yield from complete(directory, needs_weights=not dummy, needs_tokenizer=not subject.has("--skip-tokenizer-init"))
     elif serve.is_path(name):
