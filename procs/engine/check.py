@@ -155,7 +155,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("DYN_SNAPSHOT_CONTROL_DIR: snapshots are not supported by this version of sgnode")
     _embeddings(_role(server, dynamo), server, dynamo)
     _frontend_decoding(_role(server, dynamo), dynamo)
-    _generates_media(_role(server, dynamo), dynamo)
+    _generates_media(_role(server, dynamo), dynamo, argv)
     if dynamo.use_kv_events:
         _kv_events(json.loads(server.kv_events_config), server)
     parse_engine_route_descriptors(dynamo.engine_routes)
@@ -216,7 +216,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _generates_media(role: str, dynamo: Any) -> None:
+def _generates_media(role: str, dynamo: Any, argv: list[str]) -> None:
     """What an image or a video worker can't have, and where its files go. Raises ValueError."""
     if role not in ("image", "video"):
         return
@@ -224,6 +224,8 @@ def _generates_media(role: str, dynamo: Any) -> None:
         raise ValueError("--image-diffusion-worker, --video-generation-worker: one of the two")
     if dynamo.use_kv_events:
         raise ValueError("--kv-events-config: image and video workers have no KV cache")
+    if any(argument.partition("=")[0] == "--nnodes" for argument in argv):  # Dynamo's stub has lost it
+        raise ValueError("--nnodes: an image or a video worker is on one node")
     from dynamo.common.storage import get_fs
 
     flag, url = "--media-output-fs-url", dynamo.media_output_fs_url

@@ -309,3 +309,31 @@ def test_which_gpus_a_rank_takes(given: dict[str, Any], ids: list[int]) -> None:
     }
     assert _gpu_ids(SimpleNamespace(**{**plain, **given})) == ids
     assert _gpu_ids(SimpleNamespace()) is None, "Dynamo's image and video workers have a stub of the arguments"
+
+
+# --- image and video workers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flag", "role"), [("--image-diffusion-worker", "image"), ("--video-generation-worker", "video")])
+def test_an_image_or_a_video_worker_has_the_stub_of_sglangs_arguments(check: Check, tmp_path: Path, flag: str, role: str) -> None:
+    found = check(flag, "--media-output-fs-url", f"file://{tmp_path}/x", "--media-output-http-url", "https://x", "--tp-size", "2")
+    assert (found["role"], found["tp_size"], found["nnodes"], found["gpu_ids"]) == (role, 2, 1, None)
+    assert found["dynamo"]["media_output_fs_url"] == f"file://{tmp_path}/x"
+    assert found["dynamo"]["media_output_http_url"] == "https://x"
+    assert not (tmp_path / "x").exists(), "nothing is made yet"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--video-generation-worker"], "one of the two"),
+        (["--kv-events-config", '{"publisher": "zmq", "endpoint": "tcp://*:5557"}'], "--kv-events-config"),
+        (["--nnodes", "2", "--node-rank", "1"], "--nnodes"),
+        (["--media-output-fs-url", "nosuch://x"], "--media-output-fs-url nosuch://x"),
+        (["--media-output-fs-url", "file:///dev/null/x"], "/dev/null can't be written to"),
+        (["--health-check-payload", '{"prompt": "x", "model": "m", "size": "big"}'], "--health-check-payload: size"),
+        (["--frontend-decoding"], "--frontend-decoding"),
+    ],
+)
+def test_what_an_image_worker_can_not_have_is_refused(check: Check, flags: list[str], named: str) -> None:
+    assert named in refusal(check("--image-diffusion-worker", *flags))
