@@ -84,30 +84,32 @@ class _Pinned(connect.Connector):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self._reads: OrderedDict[str, int] = OrderedDict()
-        """Of each peer that is kept."""
+        self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        """Of each peer a reference (Dynamo's Remote), and how often it was read."""
 
     async def begin_read(self, remote_metadata: Any, local_descriptors: Any) -> Any:
+        # Here and not in the operation: one that was not fully made complains when it goes.
+        remote = connect.Remote(await self._create_connection(), remote_metadata.nixl_metadata)
+        before, reads = self._kept.pop(remote.name, (None, 0))
+        self._kept[remote.name] = (remote, reads + 1)
+        if before is not None:
+            before._release()
         operation = await super().begin_read(remote_metadata, local_descriptors)
-        name = operation.remote.name
-        if name not in self._reads:
-            operation.connection.acquire_remote_ref(name)
-        self._reads[name] = self._reads.pop(name, 0) + 1
-        if self._reads[name] >= READS:
-            self.forget(name)
-        while len(self._reads) > PEERS:
-            self.forget(next(iter(self._reads)))
+        if reads + 1 >= READS:
+            self.forget(remote.name)
+        while len(self._kept) > PEERS:
+            self.forget(next(iter(self._kept)))
         return operation
 
     def forget(self, name: str) -> None:
-        """The peer is dead, or is to be connected anew. Operations that run have it to their end."""
-        connection: Any = self._shared_connection
-        if self._reads.pop(name, None) is not None and connection.release_remote_ref(name):
+        """The peer is dead, or is to be connected anew. Operations that run have a reference of their own."""
+        remote, _ = self._kept.pop(name, (None, 0))
+        if remote is not None:
             with contextlib.suppress(Exception):  # it is gone
-                connection._nixl.remove_remote_agent(name)
+                remote._release()
 
     def close(self) -> None:
-        for name in list(self._reads):
+        for name in list(self._kept):
             self.forget(name)
         self._shared_connection = None
 
@@ -196,7 +198,7 @@ class Agent:
             async with asyncio.timeout(seconds):
                 await _end(operation)
         except (TimeoutError, asyncio.CancelledError) as error:
-            self.keep(lambda: _ended(operation), lambda: self._failed(operation, name), size)
+            self.keep(lambda: _ended(operation), lambda: self._free(operation), size)
             if isinstance(error, TimeoutError):
                 raise RequestError(Code.PEER_DEAD, f"memory of {name} was not read within {seconds:g} s") from None
             raise
@@ -256,7 +258,12 @@ class Agent:
             await asyncio.sleep(0.001)
 
     def _heard(self) -> None:
-        for keys in self._nixl.get_new_notifs().values():
+        try:
+            found = self._nixl.get_new_notifs()
+        except Exception as error:
+            logging.warning("NIXL: %s", _said(error))
+            return
+        for keys in found.values():
             for key in keys:
                 if (shared := self._shared.get(key.decode(errors="replace"))) is not None:
                     shared.read.set()
