@@ -4,8 +4,8 @@ from typing import Any
 
 from shared.frames import Output
 
-LISTS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
-"""Entries of ``meta`` that hold one item a token; they are joined, everything else takes the newer value."""
+LISTS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs", "blobs")
+"""Entries of ``meta`` that hold one item a token, and blobs; they are joined, everything else takes the newer value."""
 
 NESTED = ("native", "meta_info")
 """Entries that hold such entries again: SGLang's own answer, and its meta_info."""

@@ -74,3 +74,7 @@ def test_many_are_one_in_the_end() -> None:
         whole = merge(whole, Output("r", number, [number], None, {"output_token_logprobs": [[number]]}, str(number % 10)))
     assert whole.token_ids == list(range(50)) and whole.meta == {"output_token_logprobs": [[n] for n in range(50)]}
     assert whole.text == "".join(str(n % 10) for n in range(50))
+
+
+def test_blobs_are_joined() -> None:
+    assert joined({"blobs": [b"1"]}, {"blobs": [b"2", b"3"]}) == {"blobs": [b"1", b"2", b"3"]}
