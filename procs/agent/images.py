@@ -37,7 +37,7 @@ def look(data: bytes, max_pixels: int) -> int:
     except Exception as error:  # a decoder's own ways to fail are many: struct.error, SyntaxError, OSError
         raise RequestError(Code.INVALID, f"damaged ({type(error).__name__})") from None
     if width * height > max_pixels:
-        raise RequestError(Code.INVALID, f"{width} x {height} pixels, {max_pixels} in all at most")
+        raise RequestError(Code.INVALID, f"{width} x {height} pixels, {max_pixels} in all at most (--media-max-megapixels)")
     if progressive and data.count(SCAN) > SCANS and (found := scans(data)) > SCANS:
         raise RequestError(Code.INVALID, f"a progressive JPEG of {found} scans, {SCANS} at most")
     return width * height

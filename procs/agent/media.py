@@ -17,8 +17,8 @@ from shared.roles import decoded
 from shared.roles.media import KINDS
 from shared.roles.role import Media
 
-LARGE_IMAGES = 8
-"""All images of a request may have the pixels of so many of the largest size."""
+LARGE_IMAGES = 4
+"""All images of a request may have the pixels of so many of the largest size. The engine has them decoded all at once."""
 
 
 class Intake:
@@ -43,7 +43,7 @@ class Intake:
             found = await asyncio.gather(*tasks)
             pixels, most = sum(each for _, each in found), LARGE_IMAGES * self._limits.max_pixels
             if pixels > most:
-                raise RequestError(Code.INVALID, f"images of {pixels} pixels together, {most} at most")
+                raise RequestError(Code.INVALID, f"images of {pixels} pixels together, {most} at most (--media-max-megapixels)")
         except BaseException:
             for task in tasks:
                 task.cancel()

@@ -1,5 +1,6 @@
 """`sgnode demo-model --vision`: a tiny Qwen2.5-VL with random weights and its processor."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ def write_processor(target: Path) -> Any:
         chat_template=CHAT_TEMPLATE,
     )
     processor.save_pretrained(target)
-    # Real models have it beside processor_config.json's later form; Dynamo's frontend counts an image's tokens by it.
-    processor.image_processor.save_pretrained(target)
+    # Real models have it beside processor_config.json's later form; Dynamo's frontend counts an image's tokens by it, and by
+    # the older names of its bounds, which transformers reads but doesn't write.
+    (written,) = processor.image_processor.save_pretrained(target)
+    settings = {**json.loads(Path(written).read_text()), **PIXELS}
+    Path(written).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     return tokenizer
 
 

@@ -4,6 +4,7 @@ from typing import NoReturn
 
 from shared.blobs import BLOBS
 from shared.errors import Code, RequestError
+from shared.frames import EngineFacts
 from shared.roles.role import Asked, Payload, Request
 
 DATA = "multi_modal_data"
@@ -16,12 +17,18 @@ COPIES_BYTES = 256 << 20
 """Of the media of several samples."""
 
 
+def taken(request: Request, facts: EngineFacts) -> None:
+    """Media that this model doesn't take are refused, which needs none of them. Raises RequestError(INVALID)."""
+    for kind in sorted(named(request)):
+        if kind not in facts.media:
+            _refuse(kind)
+
+
 def check(asked: Asked) -> None:
     """Media that this model or role doesn't take are refused, never ignored. Raises RequestError(INVALID)."""
+    taken(asked.request, asked.facts)
     there = set(asked.media.kinds) if asked.media is not None else set()
     for kind in sorted(named(asked.request)):
-        if kind not in asked.facts.media:
-            _refuse(kind)
         if kind not in there:
             raise RequestError(Code.INVALID, f"the messages have {kind} content, multi_modal_data has none")
     _copies(asked)

@@ -122,6 +122,9 @@ def test_the_vision_model_sees_a_difference_and_its_processor_makes_a_prompt_of_
     chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     marks = "<|vision_start|><|image_pad|><|vision_end|>"
     assert chat == f"<|bos|><|im_start|>user\n{marks}fox<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        json.loads((target / "preprocessor_config.json").read_text())["max_pixels"] == 256 * 28 * 28
+    )  # as Dynamo's frontend reads it
     plain = processor.apply_chat_template([{"role": "user", "content": "fox"}], add_generation_prompt=True)
     assert plain == chat.replace(marks, "")
     model = AutoModelForImageTextToText.from_pretrained(target)
