@@ -19,6 +19,7 @@ import requests
 
 from tests import marked
 from tests.e2e.conftest import MODEL
+from tests.frontend import free_port
 from tests.harness import ONE_THREAD, SGNODE, Node
 
 PROMPT = "a red fox"
@@ -98,7 +99,7 @@ def number(node: Node, name: str, process: str = "engine") -> float:
 def direct(model: Path, kind: str, wanted: list[dict[str, Any]], temporary: Path) -> list[bytes]:
     """What a generator makes of these, that is started for them and ended afterwards."""
     environ = {**os.environ, **ONE_THREAD, "TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1", "HOME": str(temporary)}
-    arguments = ["--model-path", str(model), FLAGS[kind], "--discovery-backend", "file"]
+    arguments = ["--model-path", str(model), FLAGS[kind], "--discovery-backend", "file", "--nccl-port", str(free_port())]
     answers = marked.ask("tests.e2e.diffusion", arguments, wanted, environ, SECONDS)
     return [base64.b64decode(each) for each in answers]
 

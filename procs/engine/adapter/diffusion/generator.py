@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import random
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +13,9 @@ from procs.engine.adapter import shm
 from procs.engine.adapter.diffusion import files
 from shared.blobs import BLOBS
 from shared.errors import Code, RequestError
+
+PORTS = range(20_000, 32_768)
+"""Below the ephemeral range."""
 
 
 class GenerationError(Exception):
@@ -44,9 +49,22 @@ def build(arguments: dict[str, Any]) -> Any:
 
     _mark_shared_memory()
     known = getattr(ServerArgs, "__dataclass_fields__", {})
+    arguments = dict(arguments)
     if "sleep_on_idle" in known:  # otherwise its loop has a core of its own, also with nothing to do
-        arguments = {"sleep_on_idle": True, **arguments}
+        arguments.setdefault("sleep_on_idle", True)
+    for name in ("master_port", "scheduler_port"):
+        if name in known:
+            arguments.setdefault(name, free_port())
     return Generator.from_pretrained(**arguments)
+
+
+def free_port() -> int:
+    """Any. SGLang counts from a fixed one, and of two engines that start together on a host one finds it taken, and ends."""
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port from {PORTS.start} to {PORTS.stop - 1}")
 
 
 def _mark_shared_memory() -> None:
