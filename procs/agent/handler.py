@@ -19,11 +19,12 @@ from procs.agent.peers import Peers
 from procs.agent.tracing import RequestSpan, Tracing, prompt_tokens
 from shared.engine_client import EngineClient, Stream, interleaved
 from shared.errors import Code, RequestError
-from shared.frames import Output
+from shared.frames import EngineFacts, Output
 from shared.roles import media
 from shared.roles.role import Asked, Chunk, Media, Payload, Request, Role
 
 T = TypeVar("T")
+STOPPING = RequestError(Code.ENGINE_DEAD, "the node is stopping")
 
 
 class Handler:
@@ -35,6 +36,8 @@ class Handler:
         self._refuse = refuse
         self._streams: set[Stream] = set()
         self._calls: set[Call] = set()
+        self._gathering: set[asyncio.Future[Media]] = set()
+        """Media that are being fetched, of requests that the engine has not seen."""
         self.handover = role.worker_type in ("Prefill", "Decode")
         self._egress: Egress | None = None
         self.peers = Peers()
@@ -121,6 +124,8 @@ class Handler:
             if self.tracing is not None:
                 answer.span = span = self.tracing.begin(context.id(), headers, prompt_tokens(found))
                 headers = span.headers
+            if reason := self._refuse():  # once: what was taken before a drain is served
+                raise RequestError(Code.DRAINING, reason)
             if self.intake is not None and found.get(media.DATA):
                 answer.media = await self._gather(self.intake, found, context)
                 answer.nobody_listens = answer.media is None
@@ -160,16 +165,24 @@ class Handler:
 
     async def _gather(self, intake: Intake, request: dict[str, Any], context: Any) -> Media | None:
         """The request's media; None when the client has gone meanwhile. Raises RequestError."""
-        if reason := self._refuse():
-            raise RequestError(Code.DRAINING, reason)
+        media.taken(request, self._facts())
         gathering = asyncio.ensure_future(intake.gather(request[media.DATA]))
         gone = asyncio.ensure_future(context.async_killed_or_stopped())
+        self._gathering.add(gathering)
+        claimed = False
         try:
             await asyncio.wait((gathering, gone), return_when=asyncio.FIRST_COMPLETED)
-            return gathering.result() if gathering.done() else None
+            if not gathering.done():
+                return None
+            if gathering.cancelled():
+                raise STOPPING
+            claimed = True
+            return gathering.result()
         finally:
             gone.cancel()
-            if not gathering.done():
+            self._gathering.discard(gathering)
+            if not claimed:
+                gathering.add_done_callback(partial(_unclaimed, intake))
                 gathering.cancel()
 
     def _release(self, answer: "_Answer") -> None:
@@ -178,18 +191,20 @@ class Handler:
             self.intake.release(answer.media)
 
     def _asked(self, request: Request, context: Any, headers: dict[str, str] | None, answer: "_Answer") -> Asked:
-        """``headers``: of the trace. Raises RequestError when no request is taken now."""
+        """``headers``: of the trace. Raises RequestError when no engine is up."""
         context_id = context.id()
         headers = headers or {}
         client = headers.get("x-request-id", "")
         answer.ids = {"request_id": context_id, "x_request_id": client, "trace_id": headers.get("traceparent", "")[3:35]}
         logging.debug("New Request ID: %s", context_id, extra=answer.ids)
-        if reason := self._refuse():
-            raise RequestError(Code.DRAINING, reason)
+        facts = self._facts()
+        return Asked(request, facts, context_id, headers or None if facts.traces else None, media=answer.media)
+
+    def _facts(self) -> EngineFacts:
+        """Of the engine that is up. Raises RequestError when none is."""
         if self._client.welcome is None:
             raise RequestError(Code.ENGINE_DEAD, "no engine is up")
-        facts = self._client.welcome.facts
-        return Asked(request, facts, context_id, headers or None if facts.traces else None, media=answer.media)
+        return self._client.welcome.facts
 
     async def _ask(self, answer: "_Answer") -> None:
         """Ask the other worker that this role asks first. The client may go meanwhile."""
@@ -259,13 +274,20 @@ class Handler:
 
     def cut(self) -> None:
         """The drain deadline: what still runs ends with the migratable error."""
-        stopping = RequestError(Code.ENGINE_DEAD, "the node is stopping")
+        for gathering in self._gathering:
+            gathering.cancel()
         for call in list(self._calls):
-            call.fail(stopping)
+            call.fail(STOPPING)
         for stream in list(self._streams):
             if not stream.ended:
                 stream.abort()
-                stream.fail(stopping)
+                stream.fail(STOPPING)
+
+
+def _unclaimed(intake: Intake, gathering: asyncio.Future[Media]) -> None:
+    """Media that came when their request was gone."""
+    if not gathering.cancelled() and gathering.exception() is None:
+        intake.release(gathering.result())
 
 
 async def _first(stream: Stream) -> Output:

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,15 @@ class OutputStore:
         """Store a file under ``path``, relative and safe; its URL. Raises StoreError."""
         from dynamo.common.storage import get_media_url
 
-        loop = asyncio.get_running_loop()
+        writing = asyncio.get_running_loop().run_in_executor(self._threads, self._write, path, content)
         try:
             async with asyncio.timeout(SECONDS):
-                await loop.run_in_executor(self._threads, self._write, path, content)
+                await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            writing.add_done_callback(partial(self._late, path))
+            raise
         except TimeoutError:
+            writing.add_done_callback(partial(self._late, path))
             why = f"no end within {SECONDS:.0f} s"
         except OSError as error:
             why = error.strerror or type(error).__name__
@@ -45,6 +50,11 @@ class OutputStore:
             return str(get_media_url(self._fs, path, self._http_url))
         logging.error("%s under %s: %s", path, self._url, why)
         raise StoreError(f"the file could not be stored: {why}")
+
+    def _late(self, path: str, writing: "asyncio.Future[None]") -> None:
+        """A thread can't be stopped: what it has stored for nobody is removed."""
+        if not writing.cancelled() and writing.exception() is None:
+            self.discard([path])
 
     def discard(self, paths: list[str]) -> None:
         """Files that nobody gets to know of are removed, in their own time."""

@@ -145,7 +145,9 @@ class Service:
         if frame is None:
             return
         if len(extra) != (frame.blobs if isinstance(frame, Submit) else 0):
-            self._decoder.drop(f"{len(extra)} parts too many or too few behind a {type(frame).__name__}")
+            self._decoder.drop(words := f"{len(extra)} parts too many or too few behind a {type(frame).__name__}")
+            if isinstance(frame, Submit):
+                self._send(identity, Failed(frame.rid[:RID_LENGTH], Code.INTERNAL, words))
             return
         if extra:
             frame.payload[blobs.BLOBS] = extra

@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 from dynamo.llm.exceptions import CannotConnect, Disconnected, EngineShutdown, HttpError, InvalidArgument
+from msgspec.structs import replace as replace_struct
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from procs.agent.drain import CUT_SECONDS, Drain
 from procs.agent.failures import abort_exception, exception
 from procs.agent.handler import Handler
+from procs.agent.media import Intake
 from procs.agent.tracing import Tracing
+from shared.config import MediaLimits
 from shared.engine_client import EngineClient
 from shared.errors import Code, RequestError
 from shared.frames import Beat, Death
 from shared.roles import ROLES, find
-from shared.roles.role import Role
+from shared.roles.role import Media, Role
 from tests.unit.test_service import INCARNATION, Bench, bench_at
 
 REQUEST = {"token_ids": [5, 6], "stop_conditions": {"max_tokens": 10}}
@@ -188,6 +191,81 @@ def test_the_cut_ends_what_runs_and_nothing_that_comes_later(tmp_path: Path) -> 
         assert len(await later) == 1
 
     run(tmp_path, test)
+
+
+class Fetching(Intake):
+    """Media that come when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(MediaLimits())
+        self.asked = asyncio.Event()
+        self.come = asyncio.Event()
+
+    async def gather(self, data: Any) -> Media:
+        self.asked.set()
+        await self.come.wait()
+        self.held += 3
+        return Media(["image"], [b"png"], held=3)
+
+
+IMAGE = {"multi_modal_data": {"image_url": [{"Url": "https://example.com/a.png"}]}}
+
+
+def with_images(test: Callable[[Scene, Fetching], Awaitable[None]]) -> Callable[[Scene], Awaitable[None]]:
+    async def made(scene: Scene) -> None:
+        assert scene.client.welcome is not None
+        scene.client.welcome = replace_struct(
+            scene.client.welcome, facts=replace_struct(scene.client.welcome.facts, media=["image"])
+        )
+        scene.handler.intake = fetching = Fetching()
+        await test(scene, fetching)
+        assert fetching.held == 0 and not scene.handler._gathering
+
+    return made
+
+
+def test_a_request_whose_image_is_fetched_when_the_drain_begins_is_served(tmp_path: Path) -> None:
+    async def test(scene: Scene, fetching: Fetching) -> None:
+        chunks = asyncio.create_task(collect(scene.call(**IMAGE)))
+        await fetching.asked.wait()
+        scene.refusing = "the node is draining"
+        fetching.come.set()
+        (rid,) = await scene.submitted()
+        assert scene.bench.backend.submitted[rid]["blobs"] == [b"png"]
+        scene.tokens(rid, 1, finish={"type": "stop"})
+        assert len(await chunks) == 1
+
+    run(tmp_path, with_images(test))
+
+
+def test_the_cut_ends_what_is_being_fetched(tmp_path: Path) -> None:
+    async def test(scene: Scene, fetching: Fetching) -> None:
+        chunks = asyncio.create_task(collect(scene.call(**IMAGE)))
+        await fetching.asked.wait()
+        scene.handler.cut()
+        with pytest.raises(EngineShutdown, match="stopping"):
+            await chunks
+
+    run(tmp_path, with_images(test))
+
+
+def test_a_client_that_goes_ends_the_fetching(tmp_path: Path) -> None:
+    async def test(scene: Scene, fetching: Fetching) -> None:
+        chunks = asyncio.create_task(collect(scene.call(**IMAGE)))
+        await fetching.asked.wait()
+        scene.context.killed.set_result(True)
+        assert await chunks == []
+
+    run(tmp_path, with_images(test))
+
+
+def test_what_the_model_takes_not_is_not_even_fetched(tmp_path: Path) -> None:
+    async def test(scene: Scene, fetching: Fetching) -> None:
+        with pytest.raises(InvalidArgument, match="video"):
+            await collect(scene.call(multi_modal_data={"video_url": [{"Url": "https://example.com/a.mp4"}]}))
+        assert not fetching.asked.is_set()
+
+    run(tmp_path, with_images(test))
 
 
 def test_refusals_and_bad_requests_never_reach_the_engine(tmp_path: Path) -> None:
