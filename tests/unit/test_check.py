@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from procs.cli.serve import CPU_DEFAULTS
-from procs.engine.check import _gpu_ids
+from procs.engine.check import _embeddings, _gpu_ids
 
 ASK = """
 import json, sys
@@ -96,6 +96,42 @@ def test_plain_values_of_an_aggregated_worker(check: Check, model: Path) -> None
 )
 def test_the_role_is_the_worker_type_that_dynamo_would_start(check: Check, flag: str, role: str) -> None:
     assert check(flag).get("role") == role
+
+
+LOCAL = ["--enable-multimodal", "--embedding-transfer-mode", "local"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "role"),
+    [
+        (["--enable-multimodal"], "aggregated"),
+        (["--enable-multimodal", "--disaggregation-mode", "prefill"], "prefill"),
+        (["--enable-multimodal", "--disaggregation-mode", "decode"], "decode"),
+        ([*LOCAL, "--disaggregation-mode", "encode"], "mm_encode"),
+        ([*LOCAL, "--dedicated-mm-encoder", "--disaggregation-mode", "pd"], "mm_worker"),
+        ([*LOCAL, "--dedicated-mm-encoder", "--disaggregation-mode", "prefill"], "mm_prefill"),
+        ([*LOCAL, "--dedicated-mm-encoder", "--disaggregation-mode", "decode"], "mm_decode"),
+    ],
+)
+def test_media_are_taken_by_one_worker_or_by_several(check: Check, flags: list[str], role: str) -> None:
+    found = check(*flags)
+    assert found.get("role") == role, found
+    component = {"mm_encode": "encode", "prefill": "prefill", "mm_prefill": "prefill"}.get(role, "backend")
+    assert found["dynamo"]["component"] == component
+
+
+def test_an_encode_worker_has_one_rank(check: Check) -> None:
+    assert "--tp-size 2" in refusal(check(*LOCAL, "--disaggregation-mode", "encode", "--tp-size", "2"))
+
+
+def test_nixl_has_to_be_there_for_those_who_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, dynamo = SimpleNamespace(tp_size=1), SimpleNamespace(embedding_transfer_mode="nixl-write")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for role in ("mm_encode", "mm_worker", "mm_prefill"):
+        with pytest.raises(ValueError, match="--embedding-transfer-mode nixl-write: needs the package nixl"):
+            _embeddings(role, server, dynamo)
+    for role in ("mm_decode", "aggregated"):
+        _embeddings(role, server, dynamo)
 
 
 def kv_events(**given: Any) -> list[str]:

@@ -227,8 +227,8 @@ class WriteReceiver:
         self._known: set[str] = set()
         self._count = 0
         self._waiting: dict[tuple[str, bytes], asyncio.Future[None]] = {}
-        self.late: dict[tuple[str, bytes], tuple[int, bytes]] = {}
-        """Ranges that nobody waits for, and that their senders may still write to: with the question that they were asked."""
+        self.late: dict[tuple[str, bytes], tuple[int, bytes, bytes]] = {}
+        """Ranges that nobody waits for, and that their senders may still write to: whom to ask, and what they were asked."""
         self._looking: asyncio.Task[None] | None = None
 
     async def fetch(self, transfer: dict[str, Any]) -> Any:
@@ -260,7 +260,7 @@ class WriteReceiver:
         try:
             await self._waiting[key]
         except asyncio.CancelledError:
-            self.late[key] = (start, question)
+            self.late[key] = (start, metadata, question)
             raise
         except BaseException:  # it has said that it won't write
             self.arena.give_back(start)
@@ -314,9 +314,9 @@ class WriteReceiver:
 
     def _settle(self) -> None:
         """Ask again: a sender that lives writes or says that it won't; one that has died is known by that."""
-        for key, (start, question) in list(self.late.items()):
+        for key, (start, metadata, question) in list(self.late.items()):
             try:
-                self._ask(key[0], b"", question)
+                self._ask(key[0], metadata, question)
             except Exception as error:
                 logging.info("an encode worker is gone, and what it might have written to is free: %s", error)
                 del self.late[key]
