@@ -62,10 +62,16 @@ class Process:
         self._reading: asyncio.Future[Any]
 
     async def share(self, size: int, value: int) -> Any:
-        """So many bytes of that value; [which it is, metadata for a reader]."""
+        """So many bytes of that value; [which it is, metadata for a reader], or the code and the words of an error."""
         import torch
 
-        self._shared.append(shared := await self._agent.share(torch.full((size,), value, dtype=torch.uint8)))
+        from shared.errors import RequestError
+
+        try:
+            shared = await self._agent.share(torch.full((size,), value, dtype=torch.uint8))
+        except RequestError as error:
+            return [error.code, error.message]
+        self._shared.append(shared)
         return [len(self._shared) - 1, shared.metadata.model_dump()]
 
     async def fetched(self, which: int) -> Any:

@@ -74,6 +74,21 @@ def test_what_nobody_has_read_stays_for_one_who_comes_late(near: tuple[Peer, Pee
     wait_for("it is let go of", lambda: held(peer) == IDLE, 10)
 
 
+def test_what_was_withdrawn_unread_is_bounded(near: tuple[Peer, Peer]) -> None:
+    reader, peer = near
+    kept = [peer("share", 64 * MB, value) for value in range(4)]
+    for which, _ in kept:
+        peer("withdraw", which)
+    wait_for("they are kept", lambda: held(peer)["nixl_late_bytes"] == 256 * MB, 10)
+    code, words = peer("share", 1, 7)
+    assert code == Code.OVERLOADED and "256 MB wait" in words
+    for value, (_, metadata) in enumerate(kept):
+        assert reader("read", metadata, 64 * MB, 10) == [value]
+    wait_for("they are let go of", lambda: held(peer) == IDLE, 10)
+    which, metadata = peer("share", 1, 7)
+    assert reader("read", metadata, 1, 10) == [7] and peer("fetched", which) and peer("withdraw", which)
+
+
 def test_a_peer_that_dies_in_the_middle_ends_its_transfers_alone(reader: Peer, peer: Peer) -> None:
     _, metadata = peer("share", 4 * MB, 1)
     assert reader("read", metadata, 4 * MB, 10) == [1]

@@ -42,7 +42,7 @@ READS = 16384
 METADATA_BYTES = 1 << 20
 """Of an agent, unpacked: 330 bytes and about 120 for each registered piece of memory."""
 LATE_BYTES = 1 << 30
-"""Kept for late transfers; past that there are no new ones until some have ended."""
+"""Kept for late transfers, of this side's reads and of what it shares; past that neither begins until some have ended."""
 LATE_SECONDS = 60.0
 """Memory that was withdrawn unread is kept for so long: longer than any reader waits."""
 FIRST_PAUSE, LAST_PAUSE = 0.0002, 0.01
@@ -188,9 +188,7 @@ class Agent:
 
         size = math.prod(shape) * int(dtype.itemsize)
         where = _checked(metadata, size)
-        if self.late_bytes + size > self._most:
-            words = f"{self.late_bytes >> 20} MB wait for transfers that are late; {self._most >> 20} MB at most"
-            raise RequestError(Code.OVERLOADED, words)
+        self._check_late(size)
         tensor = torch.empty(shape, dtype=dtype)
         operation = await self._begin(where, tensor)
         name = operation.remote.name
@@ -208,6 +206,11 @@ class Agent:
         self._free(operation)
         self.read_bytes += size
         return tensor
+
+    def _check_late(self, size: int) -> None:
+        if self.late_bytes + size > self._most:
+            words = f"{self.late_bytes >> 20} MB wait for transfers that are late; {self._most >> 20} MB at most"
+            raise RequestError(Code.OVERLOADED, words)
 
     async def _begin(self, where: Any, tensor: Any) -> Any:
         """A second time when the first is refused: what is known of a peer may be in the way of what is new of it."""
@@ -239,10 +242,14 @@ class Agent:
     # --- being read ---------------------------------------------------------------------------------------------------------
 
     async def share(self, tensor: Any) -> Shared:
-        """Let another process read it. It is kept, and must not be written to, until it is withdrawn."""
+        """Let another process read it. It is kept, and must not be written to, until it is withdrawn.
+
+        Raises RequestError(OVERLOADED) when too much is kept that was withdrawn unread, or for reads that are late.
+        """
         return await self._side.call(self._share(tensor))
 
     async def _share(self, tensor: Any) -> Shared:
+        self._check_late(tensor.nbytes)
         descriptor = connect.Descriptor(tensor)
         shared = Shared(self, await self._connector.create_readable(descriptor), descriptor.size)
         self._open += 1
