@@ -13,9 +13,11 @@ import torch
 from procs.engine.adapter import embeddings, encoder
 from procs.engine.adapter.embedding_cache import Encoded, EncodedCache
 from procs.engine.adapter.embeddings import Embeddings, LocalInbox, LocalOutbox, check, offered
+from procs.engine.adapter.pixels import Turns
 from procs.engine.adapter.shm import VARIABLE
 from shared.errors import Code, RequestError
 from shared.roles.mm_encode import picture
+from tests import media
 
 IMAGE, VIDEO = 7, 8
 MARK = f"sgnode-test{os.getpid()}"
@@ -370,6 +372,59 @@ def test_an_abort_withdraws_them() -> None:
         made.abort("r")
         await until(lambda: not made._tasks)
         assert sink.said[-1][0]["type"] == "abort"
+
+    run(test)
+
+
+def test_the_first_item_that_fails_ends_its_siblings() -> None:
+    ended: list[bytes] = []
+
+    class Slow(Tower):
+        async def encode(self, kind: str, content: bytes) -> Encoded:
+            if content == b"bad":
+                return await super().encode(kind, content)
+            try:
+                return await asyncio.Event().wait()  # type: ignore[return-value]
+            finally:
+                ended.append(content)
+
+    async def test() -> None:
+        made, sink = backend(Slow())
+        contents = [b"a", b"bad", b"b"]
+        made.submit("r", {"input_ids": [IMAGE] * 3, "media": ["image"] * 3, "blobs": contents})
+        await until(lambda: not made._tasks)
+        assert sink.said == [Code.INVALID] and ended == [b"a", b"b"]
+
+    run(test)
+
+
+def test_images_take_turns_by_their_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six pictures of 9,408 pixels with room for two; a video's are not known before it is decoded."""
+    begun: list[bytes] = []
+    go = asyncio.Event()
+
+    async def encode(_: Any, kind: str, content: bytes) -> Encoded:
+        begun.append(content)
+        await go.wait()
+        return Encoded(torch.zeros(2, 4), [1, 2, 4])
+
+    class Here:
+        async def call(self, work: Awaitable[Encoded]) -> Encoded:
+            return await work
+
+    monkeypatch.setattr(encoder, "encode", encode)
+
+    async def test() -> None:
+        made: Any = encoder.EncodeBackend.__new__(encoder.EncodeBackend)
+        made._encoder, made._tower, made._progress, made._turns = None, Here(), encoder.Progress(), Turns(20_000)
+        pictures = [media.good(seed) for seed in range(6)]
+        tasks = [asyncio.ensure_future(made._encode("image", picture)) for picture in pictures]
+        await until(lambda: made._turns._turn.locked() and len(begun) == 2)
+        assert made._progress.running == 2
+        tasks.append(asyncio.ensure_future(made._encode("video", b"film")))
+        go.set()
+        await asyncio.gather(*tasks)
+        assert len(begun) == 7 and made._turns._taken == 0
 
     run(test)
 

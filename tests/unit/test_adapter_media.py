@@ -3,6 +3,7 @@
 import asyncio
 import enum
 import re
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -156,6 +157,7 @@ def test_other_errors_are_not_damage() -> None:
 def test_pixels_of_a_header() -> None:
     assert [pixels.count(media.good(1, form)) for form in media.FORMATS] == [112 * 84] * 4
     assert pixels.count(media.png_bomb(1000)) == 10**6
+    assert pixels.count(media.png_header(20_000, 20_000) + media.chunk(b"IDAT", b"")) == 400_000_000
     assert [pixels.count(thing) for thing in (b"", b"x", None, {"format": "processor_output"}, media.text_bomb())] == [0] * 5
 
 
@@ -224,3 +226,15 @@ def test_the_processor_is_bounded_once() -> None:
     assert asyncio.run(bounded(image_data=[media.good(1)], input_text="x")) == "processed"
     assert asyncio.run(bounded(image_data=None)) == "processed"
     assert calls == [([media.good(1)], {"input_text": "x"}), (None, {})]
+
+
+def test_the_loop_does_not_read_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(pixels, "count", lambda _: threads.append(threading.get_ident()) or 1)
+
+    async def process(image_data: Any) -> None: ...
+
+    found = SimpleNamespace(mm_processor=SimpleNamespace(process_mm_data_async=process))
+    pixels.bound(found)
+    asyncio.run(found.mm_processor.process_mm_data_async(image_data=[b"x"]))
+    assert len(threads) == 1 and threads[0] != threading.get_ident()

@@ -6,11 +6,11 @@ A request lasts until its embeddings were fetched: what ends it, from its client
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from procs.engine.adapter import embeddings, facts
+from procs.engine.adapter import embeddings, facts, pixels
 from procs.engine.adapter.embedding_cache import Encoded, EncodedCache
 from procs.engine.adapter.side_loop import SideLoop
 from procs.engine.backend import Sink
@@ -85,6 +85,7 @@ class EncodeBackend:
         capacity = int((self._parsed.dynamo_args.multimodal_embedding_cache_capacity_gb or 0) * GIGABYTE)
         self._cache = EncodedCache(capacity, self._encode)
         self._progress = Progress()
+        self._turns = pixels.Turns()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._sink: Sink | None = None
         self._limits = config.media
@@ -147,7 +148,7 @@ class EncodeBackend:
         if self._decoded is not None:
             await self._decoded.settle(contents, payload.get("decoded", []), files=True)
         order = [index for kind in KINDS for index, found in enumerate(kinds) if found == kind]
-        made = await asyncio.gather(*(self._cache.get(kinds[index], contents[index]) for index in order))
+        made = await together([self._cache.get(kinds[index], contents[index]) for index in order])
         del contents
         if keeps:
             return
@@ -166,11 +167,13 @@ class EncodeBackend:
 
     async def _encode(self, kind: str, content: bytes) -> Encoded:
         """One image or video through the tower. Raises RequestError."""
-        self._progress.begin()
-        try:
-            return await self._tower.call(encode(self._encoder, kind, content))
-        finally:
-            self._progress.end()
+        size = await asyncio.to_thread(pixels.count, content) if kind == "image" else 0
+        async with self._turns.share(size):
+            self._progress.begin()
+            try:
+                return await self._tower.call(encode(self._encoder, kind, content))
+            finally:
+                self._progress.end()
 
     async def control(self, op: str, args: dict[str, Any]) -> Any:
         if op == "route":
@@ -182,6 +185,18 @@ class EncodeBackend:
 
     def close(self) -> None:
         self._tower.close()
+
+
+async def together(items: Sequence[Coroutine[Any, Any, Encoded]]) -> list[Encoded]:
+    """One request's. The first that fails ends the others, which nobody would take."""
+    tasks = [asyncio.ensure_future(item) for item in items]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 async def encode(encoder: Any, kind: str, content: bytes) -> Encoded:

@@ -5,11 +5,12 @@ SGLang 0.5.23 holds the decoded images of every request that it tokenises.
 
 import asyncio
 import io
-import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "PPM")
+"""Those that an agent lets through, and what becomes of an image that a frontend has decoded."""
 AT_A_TIME = 256_000_000
 """Pixels, of seven bytes each at the peak. A request that has more is alone."""
 
@@ -47,25 +48,29 @@ def bound(manager: Any) -> None:
     turns = Turns()
 
     async def in_turn(*arguments: Any, image_data: Any = None, **more: Any) -> Any:
-        async with turns.share(sum(map(count, image_data or ()))):
+        # In a thread: a header that an agent lets through can still take PIL 0.1 s.
+        async with turns.share(await asyncio.to_thread(total, image_data or ())):
             return await process(*arguments, image_data=image_data, **more)
 
     in_turn.turns = turns  # type: ignore[attr-defined]
     processor.process_mm_data_async = in_turn
 
 
+def total(images: Iterable[Any]) -> int:
+    return sum(map(count, images))
+
+
 def count(image: Any) -> int:
     """Pixels of an image, of a file by its header; none for what isn't one, which SGLang will say."""
     from PIL import Image
 
+    Image.MAX_IMAGE_PIXELS = None  # the agent's is the bound (--media-max-megapixels), also for SGLang's decoding
     if isinstance(image, Image.Image):
         return image.width * image.height
     if not isinstance(image, bytes):
         return 0
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(image)) as opened:
-                return opened.width * opened.height
+        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+            return opened.width * opened.height
     except Exception:  # as many ways as decoders
         return 0
