@@ -104,6 +104,31 @@ def text_bomb() -> bytes:
     return png_header(8, 8) + chunk(b"zTXt", b"a\0\0" + comment) + chunk(b"IEND", b"")
 
 
+@cache
+def long_header(form: str, size: int) -> bytes:
+    """A small file of about so many bytes, almost all of them empty pieces of a header; ``PNG behind``: behind its pixels."""
+    if form == "JPEG":
+        whole = saved(Image.new("L", (64, 64), 128), "JPEG")
+        return whole[:2] + b"\xff\xfe\0\2" * (size // 4) + whole[2:]
+    if form == "JPEG padded":
+        whole = saved(Image.new("L", (64, 64), 128), "JPEG")
+        return whole[:2] + b"\xff" * size + whole[2:]
+    if form == "JPEG tables":
+        whole = saved(Image.new("L", (64, 64), 128), "JPEG")
+        tables = (b"\0" + b"\1" * 64) * 1000
+        return whole[:2] + (b"\xff\xdb" + struct.pack(">H", 2 + len(tables)) + tables) * (size // len(tables)) + whole[2:]
+    if form == "GIF":
+        whole = saved(Image.new("L", (64, 64), 128), "GIF")
+        place = whole.index(b",", 13 + 3 * 2 ** ((whole[10] & 7) + 1))  # behind the palette
+        return whole[:place] + b"!\xfe" + b"\1a" * (size // 2) + b"\0" + whole[place:]
+    whole = saved(Image.new("L", (64, 64), 128))
+    place = whole.index(b"IDAT" if form == "PNG" else b"IEND") - 4
+    return whole[:place] + chunk(b"prVt", b"") * (size // 12) + whole[place:]
+
+
+LONG = ("JPEG", "JPEG padded", "JPEG tables", "GIF", "PNG", "PNG behind")
+
+
 # --- an origin -----------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +248,7 @@ def no_images() -> list[Hostile]:
         "a bomb of 10,000 x 10,000": png_bomb(10_000),
         "a comment of 256 MB": text_bomb(),
         "a JPEG of 500 scans": scan_bomb(64, 500),
+        **{f"{form}: a header of 14 MB": long_header(form, 14 << 20) for form in LONG},
     }
     return [Hostile(name, (url(content),)) for name, content in files.items()]
 
@@ -334,7 +360,8 @@ def fetched(origin: Origin, allowed: Path) -> list[Hostile]:
         *(origin.url + path for path in (*pages, "/hop0", "/drip", "/404")),
         "http://127.0.0.1:1/closed",
     ]
-    return [Hostile(f"fetched {each.removeprefix(origin.url)}", (each,)) for each in found]
+    # A body that is longer than it says: those bytes may be taken, as the picture that they begin.
+    return [Hostile(f"fetched {each.removeprefix(origin.url)}", (each,), each.endswith("/short")) for each in found]
 
 
 def internal() -> list[str]:

@@ -285,6 +285,43 @@ def test_scans_are_counted_in_the_image_not_behind_it() -> None:
         look(media.scan_bomb(64, 500), 10_000)
 
 
+@pytest.mark.parametrize("form", media.LONG)
+def test_a_header_is_read_as_far_as_common_ones_go(form: str) -> None:
+    assert look(media.long_header(form, 3000), 10_000) == 64 * 64
+    with pytest.raises(RequestError, match=r"a header of more than 1 MB|more than 10000 chunks") as caught:
+        look(media.long_header(form, 2 << 20), 10_000)
+    assert caught.value.code == Code.INVALID
+
+
+def test_large_comments_are_taken_and_so_is_a_header_that_needs_few_reads() -> None:
+    picture = media.picture(1)
+    assert look(media.saved(picture, "JPEG", comment=bytes(60_000), icc_profile=bytes(900_000)), 10_000) == 112 * 84
+    whole = media.good(1)
+    place = whole.index(b"IEND") - 4
+    assert look(whole[:place] + media.chunk(b"prVt", bytes(1_000_000)) + whole[place:], 10_000) == 112 * 84
+    with pytest.raises(RequestError, match="a header of more than 1 MB"):
+        look(whole[:place] + media.chunk(b"prVt", bytes(600_000)) * 2 + whole[place:], 10_000)
+
+
+def test_the_operator_s_bound_is_the_only_one_of_pixels() -> None:
+    header = media.png_header(20_000, 20_000) + media.chunk(b"IDAT", b"")
+    assert look(header, 400_000_000) == 400_000_000
+    with pytest.raises(RequestError, match="20000 x 20000 pixels, 399999999 in all at most"):
+        look(header, 399_999_999)
+
+
+def test_scans_are_counted_also_where_others_are_said_to_be_behind_it() -> None:
+    from PIL import Image
+
+    picture = Image.new("L", (64, 64), 128)
+    whole = media.saved(picture, "MPO", save_all=True, append_images=[picture], progressive=True)
+    assert look(whole, 10_000) == 64 * 64
+    end = whole.index(images.END)
+    scan = whole.rindex(images.SCAN, 0, end)
+    with pytest.raises(RequestError, match="scans"):
+        look(whole[:scan] + whole[scan:end] * 500 + whole[end:], 10_000)
+
+
 def test_what_waits_for_the_engine_is_bounded(origin: Origin, allowed: Path) -> None:
     picture = media.noise(600_000)
     origin.answers["/large"] = (200, {}, picture)
