@@ -148,6 +148,25 @@ RERANK: dict[str, st.SearchStrategy[Any]] = {
     "top_n": mostly(1, 5, None),
     "return_documents": mostly(True, False),
 }
+SIZES = mostly("64x64", "auto", "0x1", "1x99999", "x", "64x64x64", "\u0663x4", None)
+IMAGE: dict[str, st.SearchStrategy[Any]] = {
+    "model": mostly("m"),
+    "prompt": mostly("p", ""),
+    "n": mostly(1, 2, 10, 11, 0, None),
+    "size": SIZES,
+    "response_format": mostly("url", "b64_json", None),
+    "user": mostly("u", "../x", ".", "", "\ud800", "x" * 300),
+    "input_reference": mostly(None, "https://x.invalid/a.png", " "),
+    "nvext": wild | st.dictionaries(st.sampled_from(["num_inference_steps", "guidance_scale", "seed", "negative_prompt"]), wild),
+}
+VIDEO: dict[str, st.SearchStrategy[Any]] = {
+    **{name: IMAGE[name] for name in ("model", "prompt", "response_format", "input_reference")},
+    "size": SIZES,
+    "seconds": mostly(1, 4, 0, 601, None),
+    "output_format": mostly("mp4", "webm", None),
+    "nvext": wild
+    | st.dictionaries(st.sampled_from(["fps", "num_frames", "num_inference_steps", "guidance_scale", "seed"]), wild),
+}
 NEEDED = ("token_ids", "model", "input", "query", "documents", "prompt")
 """There in most requests: without them nearly every request would be refused for that alone."""
 
@@ -171,7 +190,12 @@ wrapped = st.fixed_dictionaries({"request": token_requests}, optional={"sampling
 requests = st.integers(0, 19).flatmap(
     lambda dice: anything if dice == 0 else request_of(OPENAI) if dice == 1 else wrapped if dice == 2 else token_requests
 )
-BY_ROLE = {"embedding": request_of(EMBEDDING), "rerank": request_of(RERANK)}
+BY_ROLE = {
+    "embedding": request_of(EMBEDDING),
+    "rerank": request_of(RERANK),
+    "image": request_of(IMAGE),
+    "video": request_of(VIDEO),
+}
 
 
 def cases() -> st.SearchStrategy[tuple[str, Any, str]]:
@@ -236,6 +260,8 @@ def _meta(payload: dict[str, Any]) -> dict[str, Any]:
             return {"prompt_tokens": 2, "scores": [0.5 for _ in payload["text"]], "infos": []}
         case "embed":
             return {"prompt_tokens": 2, "vectors": [b"\x00" * 8]}
+        case "diffuse":  # what the agent has made of the file
+            return {"place": {"b64_json": "AA=="}}
     if payload.get("return_logprob"):
         usage |= {"output_token_logprobs": [[-0.5, 7, None]], "output_top_logprobs": [[[-0.5, 7, None]]]}
     return usage
@@ -265,6 +291,7 @@ class Fuzz:
 
     async def one(self, name: str, request: Any, answer: str) -> None:
         self.beat()
+        await self.bench.until(lambda: self.client.welcome is not None)  # an import in the example before may have taken seconds
         self.backend.answer = answer
         outcome = await asyncio.wait_for(self._call(self.handlers[name], request, answer), 5)
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
