@@ -129,6 +129,14 @@ def long_header(form: str, size: int) -> bytes:
 LONG = ("JPEG", "JPEG padded", "JPEG tables", "GIF", "PNG", "PNG behind")
 
 
+@cache
+def profile_bomb(profiles: int) -> bytes:
+    """A PNG whose colour profiles have 1 MB each, of 1 kB here."""
+    whole, profile = saved(Image.new("L", (64, 64), 128)), b"a\0\0" + zlib.compress(bytes(1 << 20), 9)
+    place = whole.index(b"IDAT") - 4
+    return whole[:place] + chunk(b"iCCP", profile) * profiles + whole[place:]
+
+
 # --- an origin -----------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +256,7 @@ def no_images() -> list[Hostile]:
         "a bomb of 10,000 x 10,000": png_bomb(10_000),
         "a comment of 256 MB": text_bomb(),
         "a JPEG of 500 scans": scan_bomb(64, 500),
+        "a PNG of 900 colour profiles": profile_bomb(900),
         **{f"{form}: a header of 14 MB": long_header(form, 14 << 20) for form in LONG},
     }
     return [Hostile(name, (url(content),)) for name, content in files.items()]

@@ -23,6 +23,8 @@ HEADER_READS = 10_000
 """Each costs PIL a microsecond or more: three a chunk of a PNG, three a segment of a JPEG, two a block of a GIF."""
 CHUNKS = 10_000
 """Of a PNG, which PIL goes over in Python while it decodes; common ones have 8 kB of pixels in each and more."""
+PROFILES = 10
+"""Of a PNG, which may have one (PNG 1.2, 4.2.2.4). PIL unpacks each, up to 1 MB from 1 kB."""
 MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 PNG = b"\x89PNG\r\n\x1a\n"
 PIXELS = (b"IDAT", b"fdAT")
@@ -70,7 +72,7 @@ def look(data: bytes, max_pixels: int) -> int:
 
 def _check_chunks(data: bytes) -> None:
     """Those behind a PNG's pixels are read by who decodes it. Raises RequestError(INVALID) for too many, or too large ones."""
-    place, other = len(PNG), 0
+    place, other, profiles = len(PNG), 0, 0
     for _ in range(CHUNKS):
         if place + 8 > len(data):
             return
@@ -80,6 +82,9 @@ def _check_chunks(data: bytes) -> None:
         other += 0 if kind in PIXELS else min(size, len(data) - place)
         if other > HEADER_BYTES:
             raise _long_header()
+        profiles += kind == b"iCCP"
+        if profiles > PROFILES:
+            raise RequestError(Code.INVALID, f"a PNG of more than {PROFILES} colour profiles")
         place += 12 + size
     raise RequestError(Code.INVALID, f"a PNG of more than {CHUNKS} chunks")
 

@@ -303,6 +303,12 @@ def test_large_comments_are_taken_and_so_is_a_header_that_needs_few_reads() -> N
         look(whole[:place] + media.chunk(b"prVt", bytes(600_000)) * 2 + whole[place:], 10_000)
 
 
+def test_a_colour_profile_is_unpacked_but_not_hundreds() -> None:
+    assert look(media.profile_bomb(1), 10_000) == 64 * 64
+    with pytest.raises(RequestError, match="more than 10 colour profiles"):
+        look(media.profile_bomb(900), 10_000)
+
+
 def test_the_operator_s_bound_is_the_only_one_of_pixels() -> None:
     header = media.png_header(20_000, 20_000) + media.chunk(b"IDAT", b"")
     assert look(header, 400_000_000) == 400_000_000
