@@ -344,7 +344,7 @@ def backend(tower: Tower) -> tuple[Any, Sink]:
     sink = Sink()
     made._sink, made._tasks, made._box = sink, {}, LocalOutbox()
     made._placeholders = {"image": IMAGE}
-    made._cache = EncodedCache(0, tower.encode)
+    made._encode, made._cache = tower.encode, EncodedCache(0, tower.encode)
     return made, sink
 
 
@@ -436,5 +436,25 @@ def test_a_canary_ends_with_its_picture_and_a_bad_file_with_its_own_error() -> N
         made.submit("s", {"input_ids": [IMAGE], "media": ["image"], "blobs": [b"bad"]})
         await until(lambda: not made._tasks)
         assert sorted(map(str, sink.said)) == sorted(map(str, [({"type": "stop"}, None), Code.INVALID]))
+
+    run(test)
+
+
+def test_a_canary_goes_through_the_tower_also_when_its_picture_is_kept() -> None:
+    async def test() -> None:
+        tower = Tower()
+        made, sink = backend(tower)
+        made._cache = EncodedCache(1024, tower.encode)
+        for rid in ("first", "second"):
+            made.submit(rid, {"input_ids": [], "media": ["image"], "blobs": [picture()], "keep": True})
+            await until(lambda: not made._tasks)
+        await made._cache.get("image", picture())
+        tower.open.clear()
+        made.submit("hung", {"input_ids": [], "media": ["image"], "blobs": [picture()], "keep": True})
+        await until(lambda: len(tower.encoded) == 4)
+        assert len(sink.said) == 2
+        tower.open.set()
+        await until(lambda: not made._tasks)
+        assert len(sink.said) == 3
 
     run(test)
