@@ -48,6 +48,77 @@ def test_a_file_is_where_its_url_says_and_anybody_may_read_it(tmp_path: Path) ->
     assert tmp_path.stat().st_mode & 0o777 == 0o700, "above the store nothing is touched"
 
 
+def test_a_folder_that_was_there_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "media/users").mkdir(parents=True)
+    for folder in (tmp_path / "media", tmp_path / "media/users"):
+        folder.chmod(0o700)
+    old = os.umask(0o077)
+    try:
+        put(OutputStore(f"file://{tmp_path}/media", None), "users/a/b/x.png", b"png")
+    finally:
+        os.umask(old)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("media", "media/users", "media/users/a", "media/users/a/b")]
+    assert modes == [0o700, 0o700, 0o755, 0o755]
+
+
+def test_a_removed_file_leaves_no_empty_folder_below_the_root(tmp_path: Path) -> None:
+    store = OutputStore(f"file://{tmp_path}/media", None)
+    for path in ("users/a/x.png", "users/b/y.png"):
+        put(store, path, b"png")
+    store._remove(["users/a/x.png"])
+    assert [path.name for path in (tmp_path / "media/users").iterdir()] == ["b"]
+    store._remove(["users/b/y.png"])
+    assert (tmp_path / "media").is_dir() and not list((tmp_path / "media").iterdir())
+
+
+def test_what_is_stored_for_nobody_is_removed_after_the_close_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, began, hold, removed = OutputStore(f"file://{tmp_path}", None), threading.Event(), threading.Event(), threading.Event()
+    put(store, "first.png", b"png")
+    pipe, remove = store._fs.pipe, store._remove
+
+    def slow(path: str, content: bytes) -> None:
+        began.set()
+        assert hold.wait(20)
+        pipe(path, content)
+
+    def watched(paths: list[str]) -> None:
+        assert (tmp_path / paths[0]).exists()
+        remove(paths)
+        removed.set()
+
+    monkeypatch.setattr(store._fs, "pipe", slow)
+    monkeypatch.setattr(store, "_remove", watched)
+
+    async def main() -> None:
+        putting = asyncio.create_task(store.put("a/late.png", b"png"))
+        assert await asyncio.to_thread(began.wait, 20)
+        putting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await putting
+        store.close()
+
+    asyncio.run(main())
+    hold.set()  # the event loop is gone by now
+    assert removed.wait(20) and [path.name for path in tmp_path.iterdir()] == ["first.png"]
+    with pytest.raises(StoreError, match="stopping"):
+        put(store, "x.png", b"png")
+
+
+def test_a_file_may_be_discarded_after_the_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, removed = OutputStore(f"file://{tmp_path}", None), threading.Event()
+    put(store, "a/x.png", b"png")
+    remove = store._remove
+
+    def watched(paths: list[str]) -> None:
+        remove(paths)
+        removed.set()
+
+    monkeypatch.setattr(store, "_remove", watched)
+    store.close()
+    store.discard(["a/x.png"])
+    assert removed.wait(20) and not list(tmp_path.iterdir())
+
+
 def test_the_public_url_goes_before_the_place(tmp_path: Path) -> None:
     assert put(OutputStore(f"file://{tmp_path}", "https://x.example/media/"), "a.mp4", b"") == "https://x.example/media/a.mp4"
 
@@ -120,7 +191,8 @@ class Scene:
         self.bench.service.output(rid, [], dict(STOP), {BLOBS: [content], "frames": 1})
 
     def stored(self) -> list[Path]:
-        return [path for path in self.files.rglob("*") if path.is_file()]
+        # os.walk passes over a folder that goes meanwhile
+        return [Path(folder, name) for folder, _, names in os.walk(self.files) for name in names]
 
 
 def run(directory: Path, test: Callable[[Scene], Awaitable[None]], role: str = "image", **facts: Any) -> None:
