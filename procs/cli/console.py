@@ -38,6 +38,16 @@ TRIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "embedding": ("embeddings", {"input": "Hello"}),
     "rerank": ("rerank", {"query": "Hello", "documents": ["Hello, world", "Good night"]}),
+    "image": ("images/generations", {"prompt": "a red fox", "size": "256x256", "nvext": {"num_inference_steps": 4}}),
+    "video": (
+        "videos",
+        {
+            "prompt": "a red fox",
+            "size": "256x256",
+            "seconds": 1,
+            "nvext": {"fps": 8, "num_frames": 9, "num_inference_steps": 4},
+        },
+    ),
 }
 """A request that a node of the role answers: path under /v1, body beside the model."""
 

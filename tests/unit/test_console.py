@@ -1,6 +1,7 @@
 """What the console waits for before it says how the node is used."""
 
 import json
+import shlex
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -62,3 +63,19 @@ def test_a_frontend_that_is_not_there_is_waited_for_and_no_frontend_is_not(front
     assert console.answers(node(port, frontend=False))
     assert console.answers(node(port, role="prefill")), "nobody lists a prefill worker"
     assert console.answers(node(port, nnodes=2, node_rank=1, dist_init_addr="10.0.0.1:20000"))
+
+
+@pytest.mark.parametrize(
+    ("role", "path", "field"),
+    [
+        ("aggregated", "chat/completions", "messages"),
+        ("embedding", "embeddings", "input"),
+        ("image", "images/generations", "size"),
+        ("video", "videos", "seconds"),
+    ],
+)
+def test_the_curl_line_is_a_request_of_the_role(role: str, path: str, field: str) -> None:
+    words = shlex.split(console.usage(node(8000, role=role)).partition("try:")[2])
+    assert words[2] == f"http://127.0.0.1:8000/v1/{path}"
+    body = json.loads(words[-1])
+    assert body["model"] == "m" and field in body
