@@ -17,12 +17,17 @@ from shared.state import State
 CONTROL_SECONDS = 600.0
 """For the engine to give its memory back, or to take it again."""
 READY_SECONDS = 120.0
+SLEEPLESS = ("image", "video", "mm_encode")
+"""Roles whose engine has no call that releases its memory."""
 
 
 def sleep(argv: list[str]) -> int:
     """Drain the node and release its memory; processes and model card stay. 0 when it is asleep."""
     made = parser_of("sleep", "Drain the node, then release its accelerator memory; the processes stay. `sgnode wake` undoes it.")
     directory = _directory(made, argv)
+    role = configuration.load(directory).role
+    if role in SLEEPLESS:
+        raise NodeError(f"sleep: the engine of a node of role {role} can't release its memory; `sgnode stop` does")
     if _state(directory) == State.SLEEPING:
         print("it is asleep already; `sgnode wake` wakes it")
         return 0

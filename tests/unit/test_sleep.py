@@ -140,3 +140,11 @@ def test_a_follower_sends_the_operator_to_rank_0(node: Node, tmp_path: Path, com
     with pytest.raises(NodeError, match=r"rank 1 of 2.*rank 0"):
         command([])
     assert node.calls == []
+
+
+@pytest.mark.parametrize("role", ["image", "video", "mm_encode"])
+def test_a_role_that_can_t_sleep_is_refused_before_anything_is_drained(node: Node, tmp_path: Path, role: str) -> None:
+    configure(tmp_path, 1, role=role)
+    with pytest.raises(NodeError, match=f"role {role} can't release its memory") as caught:
+        sleep([])
+    assert node.calls == [] and "\n" not in str(caught.value)
