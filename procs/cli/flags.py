@@ -91,6 +91,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _timeout(text: str) -> float:
+    value = _seconds(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"expected seconds, more than 0, got {text!r}")
+    return value
+
+
 def _deadline(text: str) -> float:
     value = _seconds(text)
     if value < 1:
@@ -176,10 +183,10 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
         "--media-max-megapixels",
         type=count,
         default=bounds.max_pixels // 1_000_000,
-        help="of one image, at most (default: %(default)s)",
+        help="of one image, sent or generated, at most; all frames of a generated video: 16 times as many (default: %(default)s)",
     )
     limits.add_argument(
-        "--media-timeout", type=_seconds, default=bounds.timeout, help="seconds to fetch one item (default: %(default)g)"
+        "--media-timeout", type=_timeout, default=bounds.timeout, help="seconds to fetch one item (default: %(default)g)"
     )
     limits.add_argument(
         "--media-memory-mb",

@@ -64,6 +64,8 @@ def test_the_model_may_follow_the_nodes_own_flags() -> None:
         (["--drain-grace", "-1"], "--drain-grace"),
         (["--drain-timeout", "nan"], "--drain-timeout"),
         (["--drain-timeout", "inf"], "--drain-timeout"),
+        (["--media-timeout", "0"], "--media-timeout"),
+        (["--media-timeout", "-1"], "--media-timeout"),
         (["--name", "a/b"], "--name"),
         (["--name", ""], "--name"),
         (["--name", ".."], "--name"),
