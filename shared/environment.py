@@ -28,8 +28,11 @@ CLUSTER = (
 )  # fmt: skip
 """Those that talk to discovery: agents, frontend, coordinator."""
 
-STORES = ("AWS_*", "GOOGLE_*", "AZURE_*", "FSSPEC_*")
-"""What stores generated files (--media-output-fs-url): credentials, and fsspec's own options."""
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+"""Dynamo's media client (1.6.1) refuses what a proxy would fetch, unless DYN_MM_TRUST_EGRESS_PROXY=1: its policy holds."""
+
+STORES = ("AWS_*", "GOOGLE_*", "AZURE_*", "FSSPEC_*", *PROXIES)
+"""What stores generated files (--media-output-fs-url): credentials, fsspec's own options, and the way to the store."""
 
 BY_PROGRAM: dict[str, tuple[str, ...]] = {
     "engine": COMMON + ENGINE,
