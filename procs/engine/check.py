@@ -156,6 +156,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
     _embeddings(_role(server, dynamo), server, dynamo)
     _frontend_decoding(_role(server, dynamo), dynamo)
     _generates_media(_role(server, dynamo), dynamo, argv)
+    _pipeline(_role(server, dynamo), server.model_path)
     if dynamo.use_kv_events:
         _kv_events(json.loads(server.kv_events_config), server)
     parse_engine_route_descriptors(dynamo.engine_routes)
@@ -238,6 +239,46 @@ def _generates_media(role: str, dynamo: Any, argv: list[str]) -> None:
     place = next(folder for folder in (Path(store.path), *Path(store.path).absolute().parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{flag} {url}: {place} can't be written to")
+
+
+VIDEO_PIPELINES = ("HunyuanVideoPipeline", "WanImageToVideoPipeline", "WanPipeline")
+IMAGE_PIPELINES = (
+    "Flux2KleinPipeline", "Flux2Pipeline", "FluxPipeline", "GlmImagePipeline", "QwenImageEditPipeline",
+    "QwenImageEditPlusPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline", "ZImagePipeline",
+)  # fmt: skip
+"""What these make, whatever their directory is called (SGLang 0.5.23's registry, which knows more but takes 4 s to import)."""
+
+
+def _pipeline(role: str, model_path: str) -> None:
+    """A local directory is a pipeline, and of the role's kind as far as its class is known. Raises ValueError."""
+    if role not in ("image", "video") or not Path(model_path).is_dir():
+        return
+    # The order of SGLang 0.5.23 (_local_model_index_path).
+    indexes = [path for name in ("model_index.json", "modular_model_index.json") if (path := Path(model_path, name)).is_file()]
+    if not indexes:
+        if not _known_without_index(model_path):
+            raise ValueError(f"--model-path {model_path}: no image or video pipeline: it has no model_index.json")
+        return
+    try:
+        index = json.loads(indexes[0].read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--model-path: {indexes[0]}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"--model-path: {indexes[0]}: not JSON: {error}") from error
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if role == "image" and name in VIDEO_PIPELINES:
+        raise ValueError(f"--image-diffusion-worker: {model_path} ({name}) makes videos: --video-generation-worker")
+    if role == "video" and name in IMAGE_PIPELINES:
+        raise ValueError(f"--video-generation-worker: {model_path} ({name}) makes pictures: --image-diffusion-worker")
+
+
+def _known_without_index(model_path: str) -> bool:
+    """SGLang has some pipelines of other layouts, by name or manifest. It is asked only here, as that takes seconds."""
+    try:
+        from sglang.cli.utils import get_is_diffusion_model
+    except ImportError:
+        return True  # the engine finds out
+    return bool(get_is_diffusion_model(model_path))
 
 
 def _health_check(server: Any, dynamo: Any) -> dict[str, Any] | None:

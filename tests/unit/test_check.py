@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from procs.cli.serve import CPU_DEFAULTS
-from procs.engine.check import _embeddings, _gpu_ids
+from procs.engine.check import IMAGE_PIPELINES, VIDEO_PIPELINES, _embeddings, _gpu_ids
 
 ASK = """
 import json, sys
@@ -90,8 +90,6 @@ def test_plain_values_of_an_aggregated_worker(check: Check, model: Path) -> None
         ("--disaggregation-mode=decode", "decode"),
         ("--embedding-worker", "embedding"),
         ("--rerank-worker", "rerank"),
-        ("--image-diffusion-worker", "image"),
-        ("--video-generation-worker", "video"),
     ],
 )
 def test_the_role_is_the_worker_type_that_dynamo_would_start(check: Check, flag: str, role: str) -> None:
@@ -350,9 +348,18 @@ def test_which_gpus_a_rank_takes(given: dict[str, Any], ids: list[int]) -> None:
 # --- image and video workers ---------------------------------------------------------------------------------------------
 
 
+def pipeline(directory: Path, class_name: str) -> list[str]:
+    """Its flags: the directory of a pipeline, as far as it is looked at."""
+    (directory / "model_index.json").write_text(json.dumps({"_class_name": class_name, "_diffusers_version": "0.37.0"}))
+    return ["--model-path", str(directory)]
+
+
 @pytest.mark.parametrize(("flag", "role"), [("--image-diffusion-worker", "image"), ("--video-generation-worker", "video")])
 def test_an_image_or_a_video_worker_has_the_stub_of_sglangs_arguments(check: Check, tmp_path: Path, flag: str, role: str) -> None:
-    found = check(flag, "--media-output-fs-url", f"file://{tmp_path}/x", "--media-output-http-url", "https://x", "--tp-size", "2")
+    model = pipeline(tmp_path, "OtherPipeline")
+    found = check(
+        flag, *model, "--media-output-fs-url", f"file://{tmp_path}/x", "--media-output-http-url", "https://x", "--tp-size", "2"
+    )
     assert (found["role"], found["tp_size"], found["nnodes"], found["gpu_ids"]) == (role, 2, 1, None)
     assert found["dynamo"]["media_output_fs_url"] == f"file://{tmp_path}/x"
     assert found["dynamo"]["media_output_http_url"] == "https://x"
@@ -371,5 +378,54 @@ def test_an_image_or_a_video_worker_has_the_stub_of_sglangs_arguments(check: Che
         (["--frontend-decoding"], "--frontend-decoding"),
     ],
 )
-def test_what_an_image_worker_can_not_have_is_refused(check: Check, flags: list[str], named: str) -> None:
-    assert named in refusal(check("--image-diffusion-worker", *flags))
+def test_what_an_image_worker_can_not_have_is_refused(check: Check, tmp_path: Path, flags: list[str], named: str) -> None:
+    assert named in refusal(check("--image-diffusion-worker", *pipeline(tmp_path, "ZImagePipeline"), *flags))
+
+
+@pytest.mark.parametrize("flag", ["--image-diffusion-worker", "--video-generation-worker"])
+def test_a_model_of_text_is_no_pipeline(check: Check, model: Path, flag: str) -> None:
+    assert f"--model-path {model}: no image or video pipeline: it has no model_index.json" in refusal(check(flag))
+
+
+def test_a_pipeline_of_the_other_kind_is_refused(check: Check, tmp_path: Path) -> None:
+    image, video = "--image-diffusion-worker", "--video-generation-worker"
+    assert f"makes videos: {video}" in refusal(check(image, *pipeline(tmp_path, "WanPipeline")))
+    assert check(video, *pipeline(tmp_path, "WanPipeline"))["role"] == "video"
+    assert f"makes pictures: {image}" in refusal(check(video, *pipeline(tmp_path, "ZImagePipeline")))
+    assert check(image, *pipeline(tmp_path, "ZImagePipeline"))["role"] == "image"
+    (tmp_path / "model_index.json").write_text("{")
+    assert "model_index.json: not JSON" in refusal(check(image, "--model-path", str(tmp_path)))
+
+
+def test_a_pipeline_that_is_named_by_a_hub_id_is_left_to_the_engine(check: Check) -> None:
+    assert check("--image-diffusion-worker", "--model-path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")["role"] == "image"
+
+
+def test_what_sglang_knows_without_an_index_is_left_to_it(check: Check, tmp_path: Path) -> None:
+    (known := tmp_path / "pi05").mkdir()
+    assert check("--image-diffusion-worker", "--model-path", str(known))["role"] == "image"
+
+
+REGISTRY = """
+import json, sys
+from pathlib import Path
+from sglang.multimodal_gen import registry
+kinds = {}
+for name in json.load(sys.stdin):
+    directory = Path(sys.argv[1], f"m{len(kinds)}")
+    (directory / "transformer").mkdir(parents=True)
+    (directory / "vae").mkdir()
+    (directory / "model_index.json").write_text(json.dumps({"_class_name": name, "_diffusers_version": "0.37.0"}))
+    task = registry.get_model_info(str(directory)).pipeline_config_cls.task_type
+    kinds[name] = "image" if task.is_image_gen() else "video"
+print(">" + json.dumps(kinds))
+"""
+
+
+def test_the_known_pipelines_are_of_the_kind_that_sglangs_registry_says(tmp_path: Path) -> None:
+    expected = {name: "image" for name in IMAGE_PIPELINES} | {name: "video" for name in VIDEO_PIPELINES}
+    said = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REGISTRY, str(tmp_path)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, input=json.dumps(list(expected)), capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert json.loads(next(line[1:] for line in said.splitlines() if line.startswith(">"))) == expected
