@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from procs.engine.adapter.embedding_cache import Encoded, EncodedCache
 from procs.engine.adapter.embeddings import Embeddings, LocalInbox, LocalOutbox, check, offered
 from procs.engine.adapter.pixels import Turns
 from procs.engine.adapter.shm import VARIABLE
+from procs.engine.adapter.side_loop import SideLoop
 from shared.errors import Code, RequestError
 from shared.roles.mm_encode import picture
 from tests import media
@@ -456,5 +458,48 @@ def test_a_canary_goes_through_the_tower_also_when_its_picture_is_kept() -> None
         tower.open.set()
         await until(lambda: not made._tasks)
         assert len(sink.said) == 3
+
+    run(test)
+
+
+@pytest.mark.parametrize("holds_its_loop", [True, False])
+def test_requests_that_are_aborted_before_a_hung_tower_are_no_steps(
+    monkeypatch: pytest.MonkeyPatch, holds_its_loop: bool
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    async def encode(_: Any, kind: str, content: bytes) -> Encoded:
+        begun.set()
+        if holds_its_loop:
+            go.wait()
+        else:
+            await asyncio.Event().wait()
+        return Encoded(torch.zeros(2, 4), [1, 2, 4])
+
+    monkeypatch.setattr(encoder, "encode", encode)
+
+    async def test() -> None:
+        made, sink = backend(Tower())
+        made._encoder, made._tower, made._progress, made._turns = None, SideLoop("test"), encoder.Progress(), Turns()
+        del made._encode  # its own
+        made._cache = EncodedCache(0, made._encode)
+        try:
+            for rid in ("a", "b", "c"):
+                made.submit(rid, {"input_ids": [IMAGE], "media": ["image"], "blobs": [media.good(1)]})
+            await until(begun.is_set)
+            for rid in ("a", "b", "c"):
+                made.abort(rid)
+            await until(lambda: not made._tasks)
+            assert [finish["type"] for finish, _ in sink.said] == ["abort"] * 3
+            if holds_its_loop:
+                found = made._progress.numbers()
+                assert (found["scheduler_steps_dp0"], found["running_dp0"]) == (0, 1)
+                assert found["scheduler_step_seconds_dp0"] > 0
+                go.set()
+            await until(lambda: not made._progress.running)
+            assert bool(made._progress.steps) == holds_its_loop, "what the tower has made after all, though for nobody"
+        finally:
+            go.set()
+            made._tower.close()
 
     run(test)

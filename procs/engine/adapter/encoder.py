@@ -32,7 +32,7 @@ ENDED = {"type": "stop"}
 
 @dataclass
 class Progress:
-    """What the tower does, for a prober that knows SGLang's schedulers: a step is one image or video."""
+    """What the tower does, for a prober that knows SGLang's schedulers: a step is one image or video. Written on its loop."""
 
     steps: int = 0
     running: int = 0
@@ -44,10 +44,12 @@ class Progress:
             self.since = time.monotonic()
         self.running += 1
 
-    def end(self) -> None:
+    def end(self, *, given_up: bool = False) -> None:
+        """``given_up``: it was cancelled, which says nothing of the tower."""
         self.running -= 1
-        self.steps += 1
-        self.since = time.monotonic()
+        if not given_up:
+            self.steps += 1
+            self.since = time.monotonic()
 
     def numbers(self) -> dict[str, float]:
         return {
@@ -171,11 +173,19 @@ class EncodeBackend:
         """One image or video through the tower. Raises RequestError."""
         size = await asyncio.to_thread(pixels.count, content) if kind == "image" else 0
         async with self._turns.share(size):
-            self._progress.begin()
-            try:
-                return await self._tower.call(encode(self._encoder, kind, content))
-            finally:
-                self._progress.end()
+            return await self._tower.call(self._step(kind, content))
+
+    async def _step(self, kind: str, content: bytes) -> Encoded:
+        """On the tower's loop: there a request that was cancelled has not ended before the tower lets go of it."""
+        self._progress.begin()
+        given_up = False
+        try:
+            return await encode(self._encoder, kind, content)
+        except asyncio.CancelledError:
+            given_up = True
+            raise
+        finally:
+            self._progress.end(given_up=given_up)
 
     async def control(self, op: str, args: dict[str, Any]) -> Any:
         if op == "route":
