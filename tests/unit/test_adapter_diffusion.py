@@ -3,6 +3,8 @@
 import asyncio
 import io
 import multiprocessing
+import os
+import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ import zmq
 from PIL import Image
 
 from procs.engine.adapter.diffusion import backend as module
-from procs.engine.adapter.diffusion import files, generator
+from procs.engine.adapter.diffusion import files, generator, progress
 from procs.engine.adapter.diffusion.backend import QUEUE, DiffusionBackend
 from procs.keeper import life
 from shared.blobs import BLOBS
@@ -192,6 +194,39 @@ def test_a_full_queue_takes_canaries_alone(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_canaries_go_before_all_that_waits_in_their_order(tmp_path: Path) -> None:
+    async def test(backend: DiffusionBackend, scripted: Scripted, sink: Sink) -> None:
+        for rid in ("running", "a", "b"):
+            backend.submit(rid, payload())
+        for rid in ("canary", "canary of another prober"):
+            backend.submit(rid, {**payload(), "canary": True})
+        for _ in range(5):
+            scripted.at_once.release()
+        await sink.end("b")
+        asked = [each["request_id"] for each in scripted.asked]
+        assert asked == ["running", "canary", "canary of another prober", "a", "b"]
+
+    run(tmp_path, test)
+
+
+def test_media_that_wait_are_bounded_by_their_bytes(tmp_path: Path) -> None:
+    async def test(backend: DiffusionBackend, scripted: Scripted, sink: Sink) -> None:
+        backend._most = 100
+        for rid, size in (("running", 100), ("a", 60), ("b", 40)):
+            backend.submit(rid, {**payload(), BLOBS: [bytes(size // 2)] * 2})
+        assert not sink.ends, "what runs doesn't wait"
+        backend.submit("late", {**payload(), BLOBS: [b"x"]})
+        code, message = sink.ends["late"]
+        assert code == Code.OVERLOADED and "media" in message
+        backend.submit("text", payload())
+        backend.abort("b")
+        await sink.end("b")
+        backend.submit("again", {**payload(), BLOBS: [b"x"]})
+        assert set(sink.ends) == {"late", "b"}
+
+    run(tmp_path, test)
+
+
 @pytest.mark.parametrize(
     ("asked", "expected", "words"),
     [
@@ -260,7 +295,7 @@ def test_steps_that_sglang_tells_are_progress(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
-def test_without_progress_a_whole_generation_is_one_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_progress_the_log_says_what_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scripted = Scripted(tmp_path)
     scripted.server_args.progress_endpoint = None
     backend = DiffusionBackend(config(tmp_path), 1, lambda _: scripted)
@@ -269,7 +304,71 @@ def test_without_progress_a_whole_generation_is_one_step(tmp_path: Path, caplog:
         backend.start(Sink(), lambda: None)
 
     asyncio.run(main())
-    assert "DYN_HEALTH_CHECK_BUSY_STALL" in caplog.text
+    assert "CPU time counts" in caplog.text
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+def test_a_busy_scheduler_is_progress_and_a_stopped_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOOK_SECONDS", 0.1)
+
+    async def test(backend: DiffusionBackend, scripted: Scripted, sink: Sink) -> None:
+        scripted.local_scheduler_process = [process]
+        backend.submit("r", payload())
+        await until(lambda: len(scripted.asked) == 1)
+        before = backend.numbers()["scheduler_steps_dp0"]
+        await until(lambda: backend.numbers()["scheduler_steps_dp0"] >= before + 3)
+        os.kill(process.pid, signal.SIGSTOP)
+        await until(lambda: tree.stopped(process.pid))
+        backend.numbers()
+        await until(lambda: backend.numbers()["scheduler_step_seconds_dp0"] > 1)
+        still = backend.numbers()["scheduler_steps_dp0"]
+        await until(lambda: backend.numbers()["scheduler_step_seconds_dp0"] > 2)
+        assert backend.numbers()["scheduler_steps_dp0"] == still
+        assert tree.stopped(process.pid)
+        scripted.local_scheduler_process = []
+
+    with child(_spin) as process:
+        run(tmp_path, test)
+
+
+def test_cpu_time_counts_from_a_fifth_of_the_time_since_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake time and /proc."""
+    now = [100.0]
+    monkeypatch.setattr(progress, "PROC", tmp_path)
+    monkeypatch.setattr(progress, "TICKS", 100)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    counted = progress.Progress()
+
+    def used(pid: int, user: int, system: int) -> None:
+        (tmp_path / str(pid)).mkdir(exist_ok=True)
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a (b) c) S 1 1 1 0 -1 0 0 0 0 0 {user} {system} 99 99 20 0 1 0 5 0 0")
+
+    def look(seconds: float, *pids: int) -> int:
+        now[0] += seconds
+        counted.look(pids)
+        return counted.steps
+
+    used(1, 500, 500)
+    used(2, 0, 0)
+    assert look(0, 1, 2) == 0, "the first is nothing to compare with"
+    used(1, 510, 505)
+    assert look(0.5, 1, 2) == 0, "too early"
+    used(2, 3, 2)
+    assert look(0.5, 1, 2) == 1 and counted.at == 101, "20 ticks in a second, user and system, of both"
+    used(1, 519, 510)
+    assert look(1, 1, 2) == 1, "14 ticks in a second: threads that poll"
+    used(1, 600, 510)
+    assert look(10, 1, 2) == 1, "81 ticks in ten"
+    look(1)
+    used(1, 900, 900)
+    assert look(5, 1, 2) == 1, "what was used between two generations is no progress of the second"
+    used(1, 940, 900)
+    assert look(1, 1, 2) == 2
+    assert look(1, 1, 3) == 2, "one that is gone"
 
 
 def _sleep() -> None:
@@ -277,8 +376,8 @@ def _sleep() -> None:
 
 
 @contextmanager
-def child() -> Iterator[Any]:
-    process = multiprocessing.get_context("spawn").Process(target=_sleep, daemon=True)
+def child(does: Callable[[], None] = _sleep) -> Iterator[Any]:
+    process = multiprocessing.get_context("spawn").Process(target=does, daemon=True)
     process.start()
     try:
         yield process
@@ -323,9 +422,22 @@ def test_a_stop_shuts_an_idle_generator_down_and_kills_a_busy_one(tmp_path: Path
         run(tmp_path, busy)
 
 
-def test_a_model_that_makes_something_else_is_no_engine(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--video-generation-worker"):
-        DiffusionBackend(config(tmp_path, "image"), 1, lambda _: Scripted(tmp_path, "video"))
+def test_a_model_that_makes_something_else_ends_the_engine_before_its_scheduler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Left(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    monkeypatch.setattr(module.os, "_exit", leave)
+    monkeypatch.setattr(module.logging, "shutdown", lambda: None)
+    scripted = Scripted(tmp_path, "video")
+    with pytest.raises(Left) as left:
+        DiffusionBackend(config(tmp_path, "image"), 1, lambda _: scripted)
+    assert left.value.args == (module.OTHER_KIND_EXIT,) and not scripted.closed
+    assert [each.levelname for each in caplog.records if "--video-generation-worker" in each.message] == ["CRITICAL"]
 
 
 def test_it_has_no_controls(tmp_path: Path) -> None:

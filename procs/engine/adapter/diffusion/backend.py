@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from procs.engine.adapter.diffusion import generator
 from procs.engine.adapter.diffusion.generator import GenerationError, Made
@@ -24,6 +24,8 @@ QUEUE = 64
 """Requests that may wait for their turn: SGLang makes one at a time (0.5.23, batching_max_size 1)."""
 DEAD_EXIT = 70
 """Exit code after a process of SGLang's scheduler has ended: ``generate`` would wait for it for ever."""
+OTHER_KIND_EXIT = 2
+"""Exit code for a model that makes something else than the role: bad input, where `sgnode serve` could not know."""
 ABORTED = {"type": "abort", "message": "Aborted"}
 ABANDONED_SECONDS = 5.0
 """At a stop, for a scheduler's process that was killed in mid-generation to be gone."""
@@ -33,7 +35,7 @@ class DiffusionBackend:
     """``DiffGenerator`` behind the backend seam (procs.engine.backend.Backend)."""
 
     def __init__(self, config: NodeConfig, incarnation: int, build: Callable[[dict[str, Any]], Any] = generator.build) -> None:
-        """Blocks for the whole load. Raises ValueError for a model that makes something else than the role."""
+        """Blocks for the whole load. Ends the process for a model that makes something else than the role."""
         from dynamo.sglang.args import _diffusion_generator_kwargs, parse_args
 
         started = time.monotonic()
@@ -48,10 +50,12 @@ class DiffusionBackend:
         logs.take_back()  # and so has SGLang's diffusion
         if generator.makes_videos(self._generator) != (config.role == "video"):
             made = "videos: --video-generation-worker" if config.role == "image" else "pictures: --image-diffusion-worker"
-            raise ValueError(f"{config.model_path} makes {made}")
+            # An exception would have SGLang kill its scheduler first, and that would be the reason the keeper gives.
+            _leave(OTHER_KIND_EXIT, f"{config.model_path} makes {made}")
         self.facts = _facts(config, self._generator, time.monotonic() - started)
         self.info: dict[str, str] = {}
         self._progress = Progress()
+        self._most = config.media.memory_bytes
         self._thread = ThreadPoolExecutor(1, "generate")
         self._waiting: dict[str, dict[str, Any]] = {}
         self._running = ""
@@ -76,12 +80,22 @@ class DiffusionBackend:
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def submit(self, rid: str, payload: dict[str, Any]) -> None:
-        assert self._sink is not None
-        if len(self._waiting) >= QUEUE and not payload.get("canary"):
-            self._sink.failed(rid, Code.OVERLOADED, f"{len(self._waiting)} generations wait for this engine, {QUEUE} at most")
+        if not payload.get("canary") and (problem := self._full(payload)):
+            assert self._sink is not None
+            self._sink.failed(rid, Code.OVERLOADED, problem)
             return
         self._waiting[rid] = payload
         self._next()
+
+    def _full(self, payload: dict[str, Any]) -> str:
+        """Why one more can't wait; empty when it can."""
+        if len(self._waiting) >= QUEUE:
+            return f"{len(self._waiting)} generations wait for this engine, {QUEUE} at most"
+        held = sum(map(_size, self._waiting.values()))
+        # An agent lets through no single one that is larger.
+        if held + _size(payload) > self._most:
+            return f"media of {held >> 20} MB wait for this engine, {self._most >> 20} MB at most (--media-memory-mb)"
+        return ""
 
     def abort(self, rid: str) -> None:
         """In the loop's next turn, whoever asks may be going through its requests."""
@@ -98,7 +112,8 @@ class DiffusionBackend:
     def _next(self) -> None:
         if self._running or not self._waiting:
             return
-        self._running = rid = next(iter(self._waiting))
+        # Canaries first: a prober that has just started has one deadline, whatever waits here.
+        self._running = rid = min(self._waiting, key=lambda rid: not self._waiting[rid].get("canary"))
         payload = self._waiting.pop(rid)
         self._dropped = False
         self._progress.step()
@@ -130,9 +145,7 @@ class DiffusionBackend:
         self._next()
 
     def _died(self, process: Any) -> None:
-        logging.critical("%s (pid %s) has ended: leaving at once, the keeper frees everything", process.name, process.pid)
-        logging.shutdown()
-        os._exit(DEAD_EXIT)
+        _leave(DEAD_EXIT, f"{process.name} (pid {process.pid}) has ended: leaving at once, the keeper frees everything")
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 
@@ -145,6 +158,7 @@ class DiffusionBackend:
     def numbers(self) -> dict[str, float]:
         """As SGLang's schedulers (procs.engine.adapter.scheduler): a step is whatever shows that a generation goes on."""
         running, waiting = float(bool(self._running)), float(len(self._waiting))
+        self._progress.look(each.pid for each in self._generator.local_scheduler_process or () if running)
         return {
             "scheduler_steps_dp0": self._progress.steps,
             "scheduler_outputs_dp0": self._handed,
@@ -171,6 +185,18 @@ class DiffusionBackend:
             process.kill()
         for process in processes:
             process.join(ABANDONED_SECONDS)
+
+
+def _size(payload: dict[str, Any]) -> int:
+    """Bytes of the media that came with it."""
+    return sum(map(len, payload.get(BLOBS) or ()))
+
+
+def _leave(code: int, why: str) -> NoReturn:
+    """No destructor runs: the keeper ends what is left."""
+    logging.critical("%s", why)
+    logging.shutdown()
+    os._exit(code)
 
 
 def _facts(config: NodeConfig, made: Any, load_seconds: float) -> EngineFacts:
