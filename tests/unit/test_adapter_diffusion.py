@@ -312,6 +312,11 @@ def _spin() -> None:
         pass
 
 
+def state(pid: int) -> str:
+    """Its letter in proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_a_busy_scheduler_is_progress_and_a_stopped_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LOOK_SECONDS", 0.1)
 
@@ -322,13 +327,13 @@ def test_a_busy_scheduler_is_progress_and_a_stopped_one_is_not(tmp_path: Path, m
         before = backend.numbers()["scheduler_steps_dp0"]
         await until(lambda: backend.numbers()["scheduler_steps_dp0"] >= before + 3)
         os.kill(process.pid, signal.SIGSTOP)
-        await until(lambda: tree.stopped(process.pid))
+        await until(lambda: state(process.pid) == "T")
         backend.numbers()
         await until(lambda: backend.numbers()["scheduler_step_seconds_dp0"] > 1)
         still = backend.numbers()["scheduler_steps_dp0"]
         await until(lambda: backend.numbers()["scheduler_step_seconds_dp0"] > 2)
         assert backend.numbers()["scheduler_steps_dp0"] == still
-        assert tree.stopped(process.pid)
+        assert state(process.pid) == "T"
         scripted.local_scheduler_process = []
 
     with child(_spin) as process:
