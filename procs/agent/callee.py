@@ -59,6 +59,7 @@ class Call:
         self._reader = asyncio.get_running_loop().create_task(self._read(send, body, context))
 
     async def _read(self, send: Send, body: Any, context: Any) -> None:
+        answer: AsyncIterator[Any] | None = None
         try:
             answer = await send(body, context)
             async for item in answer:
@@ -76,6 +77,9 @@ class Call:
                 self.on_fail(found)
         else:
             self._end(None)
+        finally:
+            # The worker hears that nobody listens when this object goes, which an exception's traceback would keep for a while.
+            del answer
 
     def _end(self, error: RequestError | None) -> None:
         if not self.ended:

@@ -50,7 +50,9 @@ def run(test: Callable[[Intake], Awaitable[None]], **limits: Any) -> None:
         finally:
             await _close()
 
-    asyncio.run(main())
+    # Importing SGLang, as other tests do, makes uvloop's loops the usual ones, which have a resolver of their own.
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        runner.run(main())
 
 
 async def _close() -> None:

@@ -385,7 +385,8 @@ def translated(role: Role, request: Any) -> list[dict[str, Any]] | RequestError:
         payloads = role.to_engine(Asked(request, FACTS, "ctx", {"traceparent": "00-1-2-01"}))
     except RequestError as error:
         return error
-    assert payloads and all(isinstance(payload, dict) for payload in payloads)
+    # A worker that has others answer may have nothing for its own engine to do.
+    assert (payloads or role.callee is not None) and all(isinstance(payload, dict) for payload in payloads)
     return payloads
 
 
