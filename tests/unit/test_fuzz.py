@@ -2,8 +2,9 @@
 
 import asyncio
 import copy
+import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dynamo.llm.exceptions import CannotConnect, Disconnected, EngineShutdown, H
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from procs.agent.callee import Callees
 from procs.agent.handler import Handler
 from procs.engine.service import Service
 from shared import sockets
@@ -271,6 +273,28 @@ class FuzzContext(Context):
     def trace_headers(self) -> dict[str, str]:
         return {"traceparent": "00-1-2-01"}
 
+    def detached(self, name: str) -> "FuzzContext":
+        return FuzzContext()
+
+    def stop_generating(self) -> None:
+        """The other worker of a fuzz ends by itself."""
+
+
+class OtherWorker:
+    """Stands for Dynamo's client of what a role has asked: a prefill that is asked ``first``, or a worker that answers."""
+
+    def __init__(self, *, first: bool) -> None:
+        where = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 1}
+        self._chunk = json.dumps(where if first else {"token_ids": [1], "finish_reason": "stop", "finished": True})
+
+    async def round_robin(self, body: Any, context: Any) -> AsyncIterator[str]:
+        json.loads(body)
+
+        async def chunks() -> AsyncIterator[str]:
+            yield self._chunk
+
+        return chunks()
+
 
 class Fuzz:
     """One bench for all examples."""
@@ -283,6 +307,10 @@ class Fuzz:
         self.client = EngineClient(directory, "agent:0")
         self.beat()
         self.handlers = {name: Handler(self.client, role, lambda: "") for name, role in FUZZED.items()}
+        for handler in self.handlers.values():
+            handler.callees = Callees(
+                "the other worker", OtherWorker(first=bool(handler.role.callee and handler.role.callee.first))
+            )
         self.outcomes: dict[str, int] = {}
 
     def beat(self) -> None:
@@ -301,7 +329,7 @@ class Fuzz:
 
     async def _call(self, handler: Handler, request: Any, answer: str) -> str:
         context = FuzzContext()
-        chunks = handler.generate(request, context)
+        chunks = handler.endpoint(request, context)
         try:
             async for chunk in chunks:
                 assert msgspec.msgpack.encode(chunk)
