@@ -56,12 +56,13 @@ class Call:
         self.ended = False
         self.on_fail: Callable[[RequestError], None] = lambda error: None
         """Called when it fails of itself."""
-        self._reader = asyncio.get_running_loop().create_task(self._read(send, body, context))
+        # Its own cancellation, below the same trace: Dynamo tells a worker that its answer was dropped only when it answers.
+        self._context = context.detached(context.id())
+        self._reader = asyncio.get_running_loop().create_task(self._read(send, body))
 
-    async def _read(self, send: Send, body: Any, context: Any) -> None:
-        answer: AsyncIterator[Any] | None = None
+    async def _read(self, send: Send, body: Any) -> None:
         try:
-            answer = await send(body, context)
+            answer = await send(body, self._context)
             async for item in answer:
                 self._room.clear()
                 if not self._ignored:
@@ -77,9 +78,6 @@ class Call:
                 self.on_fail(found)
         else:
             self._end(None)
-        finally:
-            # The worker hears that nobody listens when this object goes, which an exception's traceback would keep for a while.
-            del answer
 
     def _end(self, error: RequestError | None) -> None:
         if not self.ended:
@@ -88,14 +86,19 @@ class Call:
 
     def abort(self) -> None:
         """Nobody wants the rest: the worker hears that its client has gone. What waits here is still given."""
-        self._end(None)
-        self._reader.cancel()
+        if not self.ended:
+            self._end(None)
+            self._leave()
 
     def fail(self, error: RequestError) -> None:
         """It ends with this error, at once."""
         if not self.ended:
             self._chunks.clear()
             self._end(error)
+            self._leave()
+
+    def _leave(self) -> None:
+        self._context.stop_generating()
         self._reader.cancel()
 
     def ignore(self) -> None:
@@ -128,7 +131,7 @@ class Callees:
         self._client = client
 
     def call(self, body: Any, context: Any) -> Call:
-        """``context``: of the request that it is part of. Its cancellation and its trace pass on."""
+        """``context``: of the request that it is part of. Who hears of that one's cancellation has to abort the call."""
         return Call(self._name, self._send, body, context)
 
     def _send(self, body: Any, context: Any) -> Awaitable[AsyncIterator[Any]]:

@@ -58,7 +58,7 @@ class Trio:
     def free(self) -> None:
         """No engine has a request, and no embeddings are left in shared memory."""
         for name, node in self.nodes.items():
-            wait_for(f"{name} has let them go", partial(_idle, node), 30)
+            wait_for(f"{name} has let them go", partial(_idle, node), 10)
         wait_for("no embeddings left", lambda: not self.embeddings(), 10)
 
     def embeddings(self) -> list[Path]:

@@ -35,6 +35,22 @@ class Item:
         return self._data
 
 
+class Asked(Context):
+    """As Dynamo's, which can be asked several times."""
+
+    stopped = 0
+
+    def async_killed_or_stopped(self) -> "asyncio.Future[bool]":
+        return asyncio.shield(self.killed)
+
+    def detached(self, name: str) -> "Asked":
+        assert name == self.id()
+        return self
+
+    def stop_generating(self) -> None:
+        self.stopped += 1
+
+
 class Client:
     """Stands for Dynamo's: the test speaks for the worker. ``asked`` are the requests; an exception ends the answer with it."""
 
@@ -88,7 +104,7 @@ def test_what_dynamo_raises_has_a_type_again(raised: Exception, code: Code, word
 def test_chunks_come_in_order_and_a_slow_reader_holds_the_worker() -> None:
     async def main() -> None:
         client = Client()
-        call = Callees("w", client).call("{}", None)
+        call = Callees("w", client).call("{}", Asked())
         for number in range(3 * AHEAD):
             client.said.put_nowait(number)
         client.said.put_nowait(None)
@@ -102,7 +118,8 @@ def test_chunks_come_in_order_and_a_slow_reader_holds_the_worker() -> None:
 def test_a_call_that_is_aborted_or_failed_lets_go_of_its_worker() -> None:
     async def main() -> None:
         clients = [Client(), Client()]
-        aborted, failed = (Callees("w", client).call("{}", None) for client in clients)
+        context = Asked()
+        aborted, failed = (Callees("w", client).call("{}", context) for client in clients)
         for client in clients:
             client.said.put_nowait(1)
         await _turns()
@@ -112,7 +129,7 @@ def test_a_call_that_is_aborted_or_failed_lets_go_of_its_worker() -> None:
         with pytest.raises(RequestError, match="gone"):
             await anext(failed)
         await _turns()
-        assert [client.dropped for client in clients] == [1, 1]
+        assert [client.dropped for client in clients] == [1, 1] and context.stopped == 2
 
     asyncio.run(main())
 
@@ -120,7 +137,7 @@ def test_a_call_that_is_aborted_or_failed_lets_go_of_its_worker() -> None:
 def test_of_an_ignored_call_only_a_failure_is_heard() -> None:
     async def main() -> None:
         client = Client()
-        call: Call = Callees("w", client).call("{}", None)
+        call: Call = Callees("w", client).call("{}", Asked())
         failures: list[RequestError] = []
         call.on_fail = failures.append
         call.ignore()
@@ -139,13 +156,6 @@ async def _turns(count: int = 20) -> None:
 
 
 # --- an answer in the engine's place -------------------------------------------------------------------------------------
-
-
-class Asked(Context):
-    """As Dynamo's, which can be asked several times."""
-
-    def async_killed_or_stopped(self) -> "asyncio.Future[bool]":
-        return asyncio.shield(self.killed)
 
 
 class Encode:
@@ -318,6 +328,7 @@ def test_an_encoder_s_canary_asks_nobody(tmp_path: Path) -> None:
 def decode(directory: Path, test: Callable[[Scene, Client], Awaitable[None]]) -> None:
     async def main(scene: Scene) -> None:
         client = Client()
+        scene.context = Asked()
         scene.handler.callees = Callees("ns.prefill.generate", client)
         await test(scene, client)
 
