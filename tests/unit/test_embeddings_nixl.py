@@ -27,6 +27,13 @@ def writing() -> Iterator[Ends]:
     yield from _ends("nixl-write")
 
 
+@pytest.fixture
+def over_tcp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
+    """As between hosts: within one the kernel copies at once."""
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    yield from _ends("nixl-write")
+
+
 def _ends(mode: str) -> Iterator[Ends]:
     sender, receiver = Peer(mode), Peer(mode)
     with sender, receiver:
@@ -111,3 +118,21 @@ def test_a_range_is_free_again_when_its_sender_has_died(writing: Ends) -> None:
     wait_for("its range is kept", lambda: receiver("writing")[1] == 1, 5)
     send(sender.pid, signal.SIGKILL)
     wait_for("its range is free", lambda: receiver("writing") == FREE, 10)
+
+
+def test_embeddings_withdrawn_while_they_are_written_to_a_stopped_receiver_harm_nobody(over_tcp: Ends) -> None:
+    sender, receiver = over_tcp
+    _, first = sender("offer", 1000, 1)
+    assert receiver("fetch", first, 20) == [1]
+    which, transfer = sender("offer", 200_000, 2)
+    sender("block", 2)
+    receiver("begin", transfer, 30)
+    wait_for("the sender is asked", lambda: receiver("writing") != FREE, 5)
+    send(receiver.pid, signal.SIGSTOP)
+    wait_for("it is being written", lambda: sender("writing")[1] == 1, 20, every=0.2)
+    sender("withdraw", which)
+    assert sender("writing")[1] == 1, "its memory stays"
+    send(receiver.pid, signal.SIGCONT)
+    wait_for("it is over", lambda: sender("writing") == FREE, 20, every=0.2)
+    _, again = sender("offer", 1000, 3)
+    assert receiver("fetch", again, 20) == [3]

@@ -91,7 +91,8 @@ class WriteSender(NixlWriteEmbeddingSender):  # type: ignore[misc]
     """Dynamo's, in which each transfer fails alone, and one that nobody wants any more can be withdrawn."""
 
     def __init__(self) -> None:
-        self._writing: dict[int, Any] = {}
+        self._writing: dict[int, tuple[str, Any]] = {}
+        """Receiver and NIXL's handle of what is being written."""
         super().__init__()
 
     async def _state_update(self) -> None:
@@ -108,7 +109,7 @@ class WriteSender(NixlWriteEmbeddingSender):  # type: ignore[misc]
                         self._begin(name, *msgspec.msgpack.decode(note))
                     except Exception as error:  # of NIXL's own kinds; the others' embeddings go on
                         logging.warning("embeddings for %s: %s: %s", name, type(error).__name__, error)
-            for number, handle in list(self._writing.items()):
+            for number, (_, handle) in list(self._writing.items()):
                 try:
                     state = self.nixl_agent.check_xfer_state(handle)
                 except Exception as error:
@@ -133,17 +134,26 @@ class WriteSender(NixlWriteEmbeddingSender):  # type: ignore[misc]
                 raise ValueError(f"room for {size} bytes, {embeddings.nbytes} to write")
             target = self.nixl_agent.get_xfer_descs([(address, size, device)], mem_type=kind)
             handle = self.nixl_agent.initialize_xfer("WRITE", source, target, name, str(done).encode())
-            self._writing[number] = handle
+            self._writing[number] = name, handle
             self.nixl_agent.transfer(handle, str(done).encode())
         except Exception as error:
             self.end(number, error)
-            self.nixl_agent.remove_remote_agent(self.remote_agents.pop(name))
+            if all(receiver != name for receiver, _ in self._writing.values()):  # others' writes to it go on
+                self.nixl_agent.remove_remote_agent(self.remote_agents.pop(name))
             raise
+
+    def withdraw(self, number: int) -> None:
+        """Nobody wants it any more. What is being written stays until NIXL says that it is over.
+
+        Over TCP a stopped receiver that goes on reads from memory that was given back: NIXL 1.5.0 dies of it (SIGSEGV).
+        """
+        if number not in self._writing:
+            self.end(number)
 
     def end(self, number: int, error: Exception | None = None) -> None:
         """Of a transfer, or of the wait for one: memory and registration go. Doing it twice does no harm."""
-        if (handle := self._writing.pop(number, None)) is not None:
-            self.nixl_agent.release_xfer_handle(handle)
+        if (writing := self._writing.pop(number, None)) is not None:
+            self.nixl_agent.release_xfer_handle(writing[1])
         if number in self.transfer_tracker:
             fetched = self.transfer_tracker[number][2]
             if error is not None and not fetched.done():
@@ -181,7 +191,7 @@ class WriteOutbox(_Side):
 
         def withdraw() -> None:
             waiting.cancel()
-            self._side.loop.call_soon_threadsafe(self._end.end, number)
+            self._side.loop.call_soon_threadsafe(self._end.withdraw, number)
 
         return request.model_dump(), waiting, withdraw
 
