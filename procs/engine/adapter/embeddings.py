@@ -6,7 +6,6 @@ that is not theirs.
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 import math
@@ -170,9 +169,14 @@ class LocalInbox:
 
         check_file(transfer["serialized_request"], size_of(transfer))
         number, found = await self._receiver.receive_embeddings(TransferRequest(**transfer))
+        return await asyncio.to_thread(self._copied, number, found)  # 0.2 s for 100 MB
+
+    def _copied(self, number: int, found: Any) -> Any:
         copy = found.clone()  # of what is a mapped file
-        with contextlib.suppress(FileNotFoundError):  # its sender has withdrawn it meanwhile
+        try:
             self._receiver.release_tensor(number)
+        except FileNotFoundError:  # its sender has withdrawn it meanwhile
+            self._receiver.received_tensors.pop(number, None)
         return copy
 
 
@@ -239,9 +243,11 @@ class Embeddings:
         share = self._shared.get(key)
         if share is None:
             share = self._shared[key] = _Share(asyncio.ensure_future(self._receive(transfer)), samples)
+            # Of an agent that has died not all samples come.
+            asyncio.get_running_loop().call_later(RECEIVE_SECONDS, self._shared.pop, key, None)
         share.left -= 1
         if not share.left:
-            del self._shared[key]
+            self._shared.pop(key, None)
         return await asyncio.shield(share.tensor)
 
     async def _receive(self, transfer: dict[str, Any]) -> Any:
