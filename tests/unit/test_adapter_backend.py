@@ -10,6 +10,7 @@ import pytest
 from procs.engine.adapter import backend as module
 from procs.engine.adapter.backend import SglangBackend
 from procs.engine.adapter.calls import Answer
+from procs.engine.adapter.requests import Requests
 from shared.errors import Code, RequestError
 
 RID = "a" * 32
@@ -78,7 +79,7 @@ class Scene:
             "_routes": self.routes,
             "_calls": self.calls,
             "_sink": self.sink,
-            "_tasks": {},
+            "_requests": Requests(),
             "_readers": {},
             "_repeats_aborts": False,
         }.items():
@@ -94,8 +95,8 @@ class Scene:
     async def settled(self) -> None:
         """Every task of the backend has ended."""
         async with asyncio.timeout(5):
-            while self.backend._tasks:
-                await asyncio.wait(self.backend._tasks.values())
+            while self.backend._requests.tasks:
+                await asyncio.wait(self.backend._requests.tasks.values())
 
 
 def run(test: Callable[[Scene], Awaitable[None]]) -> None:
@@ -233,7 +234,7 @@ def test_a_dispatched_request_is_ended_by_sglang(stats: Any) -> None:
         scene.backend.abort(RID)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert scene.manager.aborted == [RID] and RID in scene.backend._tasks
+        assert scene.manager.aborted == [RID] and RID in scene.backend._requests.tasks
         scene.answer(finish={"type": "abort"})
         scene.calls.answers.put_nowait(None)
         await scene.settled()
@@ -280,7 +281,7 @@ def test_a_task_that_ends_with_the_process_says_so() -> None:
         scene.submit()
         while not scene.calls.asked:  # noqa: ASYNC110 - the stand-in has no event for it
             await asyncio.sleep(0)
-        scene.backend._tasks[RID].cancel()
+        scene.backend._requests.tasks[RID].cancel()
         await scene.settled()
         assert scene.sink.said == [(RID, Code.ENGINE_DEAD, "the engine is stopping")]
 

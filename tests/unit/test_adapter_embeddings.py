@@ -15,6 +15,7 @@ from procs.engine.adapter import embeddings, encoder
 from procs.engine.adapter.embedding_cache import Encoded, EncodedCache
 from procs.engine.adapter.embeddings import Embeddings, LocalInbox, LocalOutbox, check, offered
 from procs.engine.adapter.pixels import Turns
+from procs.engine.adapter.requests import Requests
 from procs.engine.adapter.shm import VARIABLE
 from procs.engine.adapter.side_loop import SideLoop
 from shared.errors import Code, RequestError
@@ -344,7 +345,7 @@ class Sink:
 def backend(tower: Tower) -> tuple[Any, Sink]:
     made: Any = encoder.EncodeBackend.__new__(encoder.EncodeBackend)
     sink = Sink()
-    made._sink, made._tasks, made._box = sink, {}, LocalOutbox()
+    made._sink, made._requests, made._box = sink, Requests(), LocalOutbox()
     made._placeholders = {"image": IMAGE}
     made._encode, made._cache = tower.encode, EncodedCache(0, tower.encode)
     return made, sink
@@ -360,7 +361,7 @@ def test_a_request_lasts_until_its_embeddings_were_fetched() -> None:
         assert meta["encoded"]["multimodal_inputs"] == [{"image_grid_thw": [1, 2, 4], "num_mm_tokens": 2}]
         found = await LocalInbox().fetch(meta["encoded"]["transfer_payload"])
         assert torch.equal(found, torch.full((2, 4), 3.0))
-        await until(lambda: not made._tasks)
+        await until(lambda: not made._requests.tasks)
         assert sink.said[1:] == [({"type": "stop"}, None)]
 
     run(test)
@@ -372,7 +373,7 @@ def test_an_abort_withdraws_them() -> None:
         made.submit("r", {"input_ids": [IMAGE], "media": ["image"], "blobs": [b"abc"]})
         await until(left)
         made.abort("r")
-        await until(lambda: not made._tasks)
+        await until(lambda: not made._requests.tasks)
         assert sink.said[-1][0]["type"] == "abort"
 
     run(test)
@@ -394,7 +395,7 @@ def test_the_first_item_that_fails_ends_its_siblings() -> None:
         made, sink = backend(Slow())
         contents = [b"a", b"bad", b"b"]
         made.submit("r", {"input_ids": [IMAGE] * 3, "media": ["image"] * 3, "blobs": contents})
-        await until(lambda: not made._tasks)
+        await until(lambda: not made._requests.tasks)
         assert sink.said == [Code.INVALID] and ended == [b"a", b"b"]
 
     run(test)
@@ -436,7 +437,7 @@ def test_a_canary_ends_with_its_picture_and_a_bad_file_with_its_own_error() -> N
         made, sink = backend(Tower())
         made.submit("r", {"input_ids": [], "media": ["image"], "blobs": [picture()], "keep": True})
         made.submit("s", {"input_ids": [IMAGE], "media": ["image"], "blobs": [b"bad"]})
-        await until(lambda: not made._tasks)
+        await until(lambda: not made._requests.tasks)
         assert sorted(map(str, sink.said)) == sorted(map(str, [({"type": "stop"}, None), Code.INVALID]))
 
     run(test)
@@ -449,14 +450,14 @@ def test_a_canary_goes_through_the_tower_also_when_its_picture_is_kept() -> None
         made._cache = EncodedCache(1024, tower.encode)
         for rid in ("first", "second"):
             made.submit(rid, {"input_ids": [], "media": ["image"], "blobs": [picture()], "keep": True})
-            await until(lambda: not made._tasks)
+            await until(lambda: not made._requests.tasks)
         await made._cache.get("image", picture())
         tower.open.clear()
         made.submit("hung", {"input_ids": [], "media": ["image"], "blobs": [picture()], "keep": True})
         await until(lambda: len(tower.encoded) == 4)
         assert len(sink.said) == 2
         tower.open.set()
-        await until(lambda: not made._tasks)
+        await until(lambda: not made._requests.tasks)
         assert len(sink.said) == 3
 
     run(test)
@@ -489,7 +490,7 @@ def test_requests_that_are_aborted_before_a_hung_tower_are_no_steps(
             await until(begun.is_set)
             for rid in ("a", "b", "c"):
                 made.abort(rid)
-            await until(lambda: not made._tasks)
+            await until(lambda: not made._requests.tasks)
             assert [finish["type"] for finish, _ in sink.said] == ["abort"] * 3
             if holds_its_loop:
                 found = made._progress.numbers()

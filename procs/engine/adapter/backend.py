@@ -14,13 +14,14 @@ from procs.engine.adapter.calls import Answer, Calls
 from procs.engine.adapter.embeddings import Embeddings, inbox
 from procs.engine.adapter.kv_metrics import KvMetrics
 from procs.engine.adapter.reader import BY_THE_STEP, Reader
+from procs.engine.adapter.requests import Requests, one_end
 from procs.engine.adapter.routes import Routes
 from procs.engine.adapter.scheduler import Schedulers
 from procs.engine.adapter.scheduler import install as watch_schedulers
 from procs.engine.backend import Sink
 from shared import kv_sources, log_levels, logs
 from shared.config import NodeConfig
-from shared.errors import Code, RequestError
+from shared.errors import Code
 
 if TYPE_CHECKING:
     from procs.engine.adapter.decoded import Decoded
@@ -36,8 +37,6 @@ OLD_PORT_SECONDS = 12.0
 that is back before is the old one to them, and their requests wait for its dead ranks for ever."""
 SIGQUIT_EXIT = 70
 """Exit code after a child of SGLang reported its own failure by SIGQUIT."""
-ABORTED = {"type": "abort", "message": "Aborted"}
-"""The finish reason of a request that was cancelled before SGLang's scheduler had it."""
 
 
 class SglangBackend:
@@ -84,7 +83,7 @@ class SglangBackend:
             self.facts = facts.follower(config, self._engine, server_args, seconds)
         sources = facts.kv_sources(server_args) if config.dynamo.use_kv_events else None
         self.info = kv_sources.say(sources) if sources is not None else {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._requests = Requests()
         self._readers: dict[str, Reader] = {}
         self._sink: Sink | None = None
         self._kv_metrics: KvMetrics | None = None
@@ -167,14 +166,10 @@ class SglangBackend:
             assert self._sink is not None
             self._sink.failed(rid, Code.OVERLOADED, "the engine's memory is released; `sgnode wake` takes it again")
             return
-        task = asyncio.get_running_loop().create_task(self._run(rid, payload))
-        self._tasks[rid] = task
-        task.add_done_callback(lambda _: self._tasks.pop(rid, None))
+        self._requests.begin(rid, self._run(rid, payload))
 
     def abort(self, rid: str) -> None:
-        """In the loop's next turn: a task that was cancelled before it has begun would end without a word."""
-        if rid in self._tasks:
-            asyncio.get_running_loop().call_soon(self._abort, rid)
+        self._requests.soon(rid, self._abort)
 
     def _abort(self, rid: str) -> None:
         """SGLang's abort reaches only a request that its scheduler has; one before that is cancelled here.
@@ -182,12 +177,11 @@ class SglangBackend:
         So is a batch (its requests have ids of their own) and a session's request, whose id the client chose: SGLang 0.5.23
         aborts by prefix. What of them was dispatched, SGLang aborts by itself then (_release_req_states_on_failure).
         """
-        task = self._tasks.get(rid)
-        if task is None:
+        if rid not in self._requests:
             return
         state = self._manager.rid_to_state.get(rid)
         if state is None or not _dispatched(state):
-            task.cancel(ABORTED["message"])
+            self._requests.cancel(rid)
             return
         self._manager.abort_request(rid=rid)
         if self._repeats_aborts:
@@ -215,28 +209,11 @@ class SglangBackend:
         if call in BY_THE_STEP and upload is None:
             self._readers[rid] = reader
         try:
-            async for answer in await self._calls.stream(rid, payload):
-                reader.pass_on(answer if upload is None else await self._upload(answer, upload))
-        except RequestError as error:
-            sink.failed(rid, error.code, error.message)
-        except (ValueError, TypeError) as error:
-            # SGLang checks lengths and sampling parameters while it tokenises, and raises these.
-            sink.failed(rid, Code.INVALID, media.unreadable(error) or str(error))
-        except asyncio.CancelledError as error:
-            if error.args == (ABORTED["message"],):
-                sink.output(rid, [], dict(ABORTED), None)
-                return
-            sink.failed(rid, Code.ENGINE_DEAD, "the engine is stopping")
-            raise
-        except Exception as error:
-            if reason := media.unreadable(error):
-                sink.failed(rid, Code.INVALID, reason)
-                return
-            logging.exception("request %s", rid)
-            sink.failed(rid, Code.INTERNAL, f"{type(error).__name__}: {error}")
-        else:
-            if not reader.finished:
-                sink.failed(rid, Code.INTERNAL, "SGLang's stream ended without a finish reason")
+            with one_end(rid, sink, _refused):
+                async for answer in await self._calls.stream(rid, payload):
+                    reader.pass_on(answer if upload is None else await self._upload(answer, upload))
+                if not reader.finished:
+                    sink.failed(rid, Code.INTERNAL, "SGLang's stream ended without a finish reason")
         finally:
             self._readers.pop(rid, None)
 
@@ -281,6 +258,13 @@ class SglangBackend:
         if self._decoded is not None:
             self._decoded.close()
         self._engine.shutdown()
+
+
+def _refused(error: Exception) -> str | None:
+    """SGLang checks lengths and sampling parameters while it tokenises, and media while it loads them."""
+    if isinstance(error, (ValueError, TypeError)):
+        return media.unreadable(error) or str(error)
+    return media.unreadable(error) or None
 
 
 def _dispatched(state: Any) -> bool:

@@ -4,7 +4,6 @@ A request lasts until its embeddings were fetched: what ends it, from its client
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from procs.engine.adapter import embeddings, facts, pixels
 from procs.engine.adapter.embedding_cache import Encoded, EncodedCache
+from procs.engine.adapter.requests import Requests, one_end
 from procs.engine.adapter.side_loop import SideLoop
 from procs.engine.backend import Sink
 from shared import logs
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 GIGABYTE = 1024**3
 KINDS = ("image", "video")
 """What becomes embeddings, in the order in which they go along (dynamo.sglang 1.6.1)."""
-ABORTED = {"type": "abort", "message": "Aborted"}
 ENDED = {"type": "stop"}
 
 
@@ -88,7 +87,7 @@ class EncodeBackend:
         self._cache = EncodedCache(capacity, self._encode)
         self._progress = Progress()
         self._turns = pixels.Turns()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._requests = Requests()
         self._sink: Sink | None = None
         self._limits = config.media
         self.info: dict[str, str] = {}
@@ -106,37 +105,17 @@ class EncodeBackend:
         """The first canary does it."""
 
     def submit(self, rid: str, payload: dict[str, Any]) -> None:
-        task = asyncio.get_running_loop().create_task(self._run(rid, payload))
-        self._tasks[rid] = task
-        task.add_done_callback(lambda _: self._tasks.pop(rid, None))
+        self._requests.begin(rid, self._run(rid, payload))
 
     def abort(self, rid: str) -> None:
-        """In the loop's next turn: a task that was cancelled before it has begun would end without a word."""
-        if rid in self._tasks:
-            asyncio.get_running_loop().call_soon(self._abort, rid)
-
-    def _abort(self, rid: str) -> None:
-        if (task := self._tasks.get(rid)) is not None:
-            task.cancel(ABORTED["message"])
+        self._requests.soon(rid, self._requests.cancel)
 
     async def _run(self, rid: str, payload: dict[str, Any]) -> None:
         """One request, with exactly one end whatever happens."""
         sink = self._sink
         assert sink is not None
-        try:
+        with one_end(rid, sink):
             await self._serve(rid, payload, sink)
-        except RequestError as error:
-            sink.failed(rid, error.code, error.message)
-        except asyncio.CancelledError as error:
-            if error.args == (ABORTED["message"],):
-                sink.output(rid, [], dict(ABORTED), None)
-                return
-            sink.failed(rid, Code.ENGINE_DEAD, "the engine is stopping")
-            raise
-        except Exception as error:
-            logging.exception("request %s", rid)
-            sink.failed(rid, Code.INTERNAL, f"{type(error).__name__}: {error}")
-        else:
             sink.output(rid, [], dict(ENDED), None)
 
     async def _serve(self, rid: str, payload: dict[str, Any], sink: Sink) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from procs.engine.adapter.diffusion import generator
 from procs.engine.adapter.diffusion.generator import GenerationError, Made
 from procs.engine.adapter.diffusion.progress import Progress
+from procs.engine.adapter.requests import ABORTED
 from procs.engine.backend import Sink
 from shared import log_levels, logs
 from shared.blobs import BLOBS
@@ -26,7 +27,6 @@ DEAD_EXIT = 70
 """Exit code after a process of SGLang's scheduler has ended: ``generate`` would wait for it for ever."""
 OTHER_KIND_EXIT = 2
 """Exit code for a model that makes something else than the role: bad input, where `sgnode serve` could not know."""
-ABORTED = {"type": "abort", "message": "Aborted"}
 ABANDONED_SECONDS = 5.0
 """At a stop, for a scheduler's process that was killed in mid-generation to be gone."""
 
