@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from procs.cli.demo_tokenizer import bpe
 from shared.errors import NodeError
 
 SENTENCES = ("A curious raccoon in a field of sunflowers. ", "The quick brown fox jumps over the lazy dog. ")
@@ -58,19 +59,10 @@ def write(target: Path, kind: str) -> None:
 
 def _write_tokenizer(target: Path) -> int:
     """Train a byte-level tokenizer that ends each text with ``</s>``, as T5's does; the size of its vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    raw = Tokenizer(models.BPE(unk_token=None))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(  # type: ignore[no-untyped-call]
-        vocab_size=320,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([sentence * 4 for sentence in SENTENCES], trainer)
+    raw = bpe(SPECIAL, 320, SENTENCES)
     raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     pad, eos, unk = SPECIAL
     tokenizer = PreTrainedTokenizerFast(

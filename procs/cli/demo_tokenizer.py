@@ -1,5 +1,6 @@
 """The demo models' tokenizer: byte-level BPE, trained here on three sentences; the same ids every time."""
 
+from collections.abc import Sequence
 from typing import Any
 
 SENTENCES = (
@@ -10,24 +11,32 @@ SENTENCES = (
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 
 
-def train(*more: str, pairs: bool = False) -> Any:
-    """A tokenizer of transformers. ``more``: special tokens that follow SPECIAL's in their order.
-
-    ``pairs``: a query and a document get the marks of a cross-encoder.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+def bpe(special: Sequence[str], vocabulary: int, sentences: Sequence[str] = SENTENCES) -> Any:
+    """A tokenizer of tokenizers, trained on the sentences. ``special``: its first tokens; ``vocabulary``: at most so many."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     raw = Tokenizer(models.BPE(unk_token=None))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(  # type: ignore[no-untyped-call]
-        vocab_size=500,
-        special_tokens=[*SPECIAL, *more],
+        vocab_size=vocabulary,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator([sentence * 4 for sentence in SENTENCES], trainer)
+    raw.train_from_iterator([sentence * 4 for sentence in sentences], trainer)
+    return raw
+
+
+def train(*more: str, pairs: bool = False) -> Any:
+    """A tokenizer of transformers. ``more``: special tokens that follow SPECIAL's in their order.
+
+    ``pairs``: a query and a document get the marks of a cross-encoder.
+    """
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    raw = bpe([*SPECIAL, *more], 500)
     if pairs:
         bos, eos = SPECIAL[1:3]
         raw.post_processor = processors.TemplateProcessing(
