@@ -4,6 +4,7 @@ import hashlib
 import random
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -11,7 +12,7 @@ from msgspec import Meta
 from shared.errors import Code, RequestError
 from shared.frames import EngineFacts
 from shared.roles import media
-from shared.roles.role import Asked, Payload
+from shared.roles.role import Asked, Payload, Role
 
 ENGINE = "diffuse"
 """What the engine's process builds for these roles (Role.engine)."""
@@ -76,3 +77,7 @@ def canary(params: dict[str, Any]) -> Payload:
     """One step of a small picture."""
     fixed = {"prompt": "a canary", "negative_prompt": None, "num_inference_steps": 1, "seed": 0}
     return {"call": ENGINE, "params": {**fixed, **params}}
+
+
+role = partial(Role, worker_type="Aggregated", needs=(), model_input="Text", engine=ENGINE, takes_media=True, generates=False)
+"""A role that generates media: what all of them have, the rest is to be given."""

@@ -12,7 +12,7 @@ from shared.frames import EngineFacts, Output
 from shared.roles import diffusion
 from shared.roles.diffusion import Scale, Seed
 from shared.roles.request import typed
-from shared.roles.role import Asked, Chunk, Payload, Request, Role
+from shared.roles.role import Asked, Chunk, Payload, Request
 
 MAX_SAMPLES = 10
 """Pictures of one request (OpenAI's bound)."""
@@ -94,17 +94,11 @@ def canary_request(facts: EngineFacts) -> Request:
     }
 
 
-IMAGE = Role(
+IMAGE = diffusion.role(
     name="image",
-    worker_type="Aggregated",
-    needs=(),
-    model_input="Text",
     model_type="Images",
     to_engine=to_engine,
     to_dynamo=to_dynamo,
     canary=canary,
     canary_request=canary_request,
-    engine=diffusion.ENGINE,
-    takes_media=True,
-    generates=False,
 )

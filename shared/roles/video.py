@@ -11,7 +11,7 @@ from shared.frames import EngineFacts, Output
 from shared.roles import diffusion
 from shared.roles.diffusion import Scale, Seed
 from shared.roles.request import typed
-from shared.roles.role import Asked, Chunk, Payload, Request, Role
+from shared.roles.role import Asked, Chunk, Payload, Request
 
 MAX_STEPS = 200
 MAX_FPS = 120
@@ -128,17 +128,11 @@ def canary_request(facts: EngineFacts) -> Request:
     }
 
 
-VIDEO = Role(
+VIDEO = diffusion.role(
     name="video",
-    worker_type="Aggregated",
-    needs=(),
-    model_input="Text",
     model_type="Videos",
     to_engine=to_engine,
     to_dynamo=to_dynamo,
     canary=canary,
     canary_request=canary_request,
-    engine=diffusion.ENGINE,
-    takes_media=True,
-    generates=False,
 )
