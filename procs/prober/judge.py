@@ -4,6 +4,7 @@ Time without a token proves nothing: a prefill may take a minute. What counts is
 hands out comes out of the engine. Its counters come with each Beat of the engine (procs.engine.adapter.scheduler).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,6 +63,11 @@ def work_of(numbers: Mapping[str, float], rank: int | None) -> Work:
         transfers=sum(found("transfers")),
         step_seconds=max(found("step_seconds"), default=0.0),
     )
+
+
+def _sampled_at(numbers: Mapping[str, float]) -> float:
+    """When the oldest of the schedulers' counters was read; infinite for an engine that counts in its own process."""
+    return min((value for key, value in numbers.items() if key.startswith("scheduler_sampled_at_dp")), default=math.inf)
 
 
 class Rank:
@@ -148,7 +154,7 @@ class WayOut:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._outputs = self._handed = self._newest = -1.0
+        self._outputs = self._handed = self._newest = self._handed_at = self._flowed = -1.0
         self._since: float | None = None
         self._strikes = 0
         self.flows = False
@@ -159,10 +165,13 @@ class WayOut:
         self._newest = handed
         self.flows = outputs != self._outputs
         if self.flows:
-            self._strikes = 0
+            self._strikes, self._flowed = 0, now
+        # Outputs are counted live, the scheduler's file lags: what came out may be handed out only by the next sample's count.
+        stale = self._handed_at < self._flowed
         # What was for an aborted request may end in the engine: without anybody who waits it says nothing.
-        if self.flows or not numbers.get("inflight") or numbers.get("controls") or handed < self._handed:
+        if self.flows or stale or not numbers.get("inflight") or numbers.get("controls") or handed < self._handed:
             self._outputs, self._handed, self._since = outputs, handed, None
+            self._handed_at = _sampled_at(numbers)
         elif handed > self._handed and self._since is None:
             self._since = now
 

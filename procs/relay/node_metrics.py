@@ -140,6 +140,7 @@ HELP = {
     "scheduler_step_seconds": "Age of the scheduler's present step, 0 between steps",
     "scheduler_transfers": "Requests that wait for a KV transfer",
     "scheduler_to_detokenizer": "Batches of tokens that the scheduler has given SGLang's detokenizer",
+    "scheduler_sampled_at": "When the scheduler's counters were read, in seconds of the machine's monotonic clock",
     "from_detokenizer": "Batches that SGLang's detokenizer has given back",
     "nixl_read_bytes": "Bytes that NIXL has read from other processes",
     "nixl_registered": "Pieces of memory that NIXL reads into, or lets others read",

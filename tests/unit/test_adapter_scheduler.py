@@ -62,6 +62,7 @@ def test_what_a_scheduler_counts_is_read_by_the_engine() -> None:
     watch.look()
     numbers = schedulers.numbers()
     assert 0 <= numbers.pop("scheduler_step_seconds_dp1") < 1
+    assert 0 <= time.monotonic() - numbers.pop("scheduler_sampled_at_dp1") < 5
     assert numbers == {
         "scheduler_steps_dp1": 3, "scheduler_outputs_dp1": 1, "scheduler_loops_dp1": 1, "scheduler_busy_dp1": 1.0,
         "running_dp1": 2, "waiting_dp1": 1, "scheduler_transfers_dp1": 2, "scheduler_to_detokenizer_dp1": 1,
@@ -87,7 +88,7 @@ def test_what_can_not_be_changed_is_counted_as_well() -> None:
 
 
 def test_a_rank_is_as_far_as_the_last_of_its_processes() -> None:
-    def sample(steps: int, step_at: float, batch: float) -> Sample:
+    def sample(steps: int, step_at: float, batch: float, at: float = 100.0) -> Sample:
         return Sample(
             steps,
             outputs=steps,
@@ -98,10 +99,11 @@ def test_a_rank_is_as_far_as_the_last_of_its_processes() -> None:
             to_detokenizer=steps,
             step_at=step_at,
             batch=batch,
-            at=100.0,
+            at=at,
         )
 
-    numbers = combined([sample(7, 99.0, 1.0), sample(6, 40.0, 1.0)], now=100.0)
+    numbers = combined([sample(7, 99.0, 1.0), sample(6, 40.0, 1.0, at=99.5)], now=100.0)
+    assert numbers["scheduler_sampled_at"] == 99.5, "all of them are at least as new"
     assert (numbers["scheduler_steps"], numbers["scheduler_outputs"], numbers["scheduler_step_seconds"]) == (6, 13, 60.0)
     assert combined([sample(7, 40.0, 0.0)], now=100.0)["scheduler_step_seconds"] == 0.0 and combined([], 1.0) == {}
 

@@ -143,7 +143,7 @@ def test_counters_by_rank_together_and_of_an_engine_without_them() -> None:
 
 
 def way(**numbers: float) -> Beat:
-    named = {"handed": "scheduler_outputs_dp0"}
+    named = {"handed": "scheduler_outputs_dp0", "sampled_at": "scheduler_sampled_at_dp0"}
     return Beat("engine", 1, "ready", "", 0.0, "", 1, 0, {named.get(k, k): v for k, v in numbers.items()})
 
 
@@ -171,10 +171,19 @@ def test_tokens_that_never_come_out_are_two_strikes_in_twice_the_canarys_time() 
         pytest.param({"handed": lambda t: t, "inflight": 0.0}, id="nobody waits"),
         pytest.param({"handed": lambda t: t, "controls": 1.0}, id="a control"),
         pytest.param({"handed": 5.0}, id="none handed out"),
+        pytest.param(
+            {"outputs": lambda t: t // 40, "handed": lambda t: (t - TICK) // 40, "sampled_at": lambda t: t - TICK},
+            id="they are out before the scheduler's file says that they were handed out",
+        ),
     ],
 )
 def test_no_way_out_is_lost(what: dict[str, Any]) -> None:
     assert way_out(300, **what) == ([], False)
+
+
+def test_what_is_handed_out_after_the_last_that_came_out_counts_by_a_late_sample_as_well() -> None:
+    late = {"handed": lambda t: t - 0.2, "sampled_at": lambda t: t - 0.2}
+    assert way_out(70, outputs=lambda t: min(t, 5.0), **late) == ([36, 66], True)
 
 
 def test_one_output_for_an_aborted_request_beside_a_long_prefill_is_one_strike_only() -> None:

@@ -246,7 +246,7 @@ class Schedulers:
 def combined(samples: Iterable[Sample], now: float) -> dict[str, float]:
     """One DP rank out of its tensor and pipeline ranks, which step together: it is as far as the last of them.
 
-    ``scheduler_step_seconds``: for how long it has been in one step, 0 when in none.
+    ``scheduler_step_seconds``: for how long it has been in one step, 0 when in none. ``scheduler_sampled_at``: the oldest's time.
     """
     all_of = list(samples)
     if not all_of:
@@ -262,4 +262,5 @@ def combined(samples: Iterable[Sample], now: float) -> dict[str, float]:
         "waiting": max(s.waiting for s in all_of),
         "scheduler_transfers": max(s.transfers for s in all_of),
         "scheduler_to_detokenizer": sum(s.to_detokenizer for s in all_of),
+        "scheduler_sampled_at": min(s.at for s in all_of),
     }
