@@ -87,7 +87,8 @@ def inflight(node: Node) -> int:
 @pytest.fixture(scope="module")
 def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     store = tmp_path_factory.mktemp("pair") / "store"
-    env = {"DYN_FILE_KV": str(store), **ONE_THREAD}
+    # A cancelled request that prefill's scheduler had not read when decode gave it up is prefill's for so long.
+    env = {"DYN_FILE_KV": str(store), "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "20", **ONE_THREAD}
     arguments = [str(model), "--served-model-name", MODEL, *CPU, "--no-frontend", "--disaggregation-mode"]
     with (
         Node(*arguments, "prefill", name="prefill", env=env) as prefill,
@@ -134,7 +135,7 @@ def test_cancelled_while_it_waits_for_its_prefill(pair: Pair) -> None:
         wait_for("decode has let them go", lambda: inflight(pair.decode) == 0, 10)
     finally:
         send(stopped, signal.SIGCONT)
-    wait_for("prefill has let them go", lambda: inflight(pair.prefill) == 0, 30)
+    wait_for("prefill has let them go", lambda: inflight(pair.prefill) == 0, 50)
 
 
 def _close_unanswered(pair: Pair) -> None:

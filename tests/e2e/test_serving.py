@@ -139,9 +139,9 @@ def close_in_decode(node: Node) -> None:
 
 
 def close_unanswered(node: Node, prompt: list[int]) -> None:
-    """Send a request and leave as soon as the engine has it."""
+    """Send a request and leave as soon as the engine has it. It would last for seconds, so that its end is the abort."""
     connection = http.client.HTTPConnection(node.url.removeprefix("http://"))
-    body = {"model": MODEL, "prompt": prompt, "max_tokens": 100, "ignore_eos": True, "stream": True}
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 2_000, "ignore_eos": True, "stream": True}
     known = aborts.submitted(node)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     wait_for("it is submitted", lambda: aborts.submitted(node) > known, 10, every=0.002)
@@ -156,7 +156,7 @@ def test_a_closed_connection_ends_its_request_in_the_engine(node: Node) -> None:
 
 def test_a_request_whose_prompt_is_computed_is_ended_as_soon(node: Node) -> None:
     prompts = itertools.count(20)
-    delays = aborts.delays(node, 10, lambda: close_unanswered(node, [next(prompts), *[30] * 3900]))
+    delays = aborts.delays(node, 10, lambda: close_unanswered(node, [next(prompts), *[30] * 2_000]))
     aborts.prompt("aborts in prefill", delays, step=0.2)
     wait_for("nothing running", lambda: node.status()["inflight"] == 0, 10)
 
