@@ -17,7 +17,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL
 from tests.frontend import free_port
-from tests.harness import CPU, Node, instances, process_state, send, wait_for
+from tests.harness import CPU, ONE_THREAD, Node, instances, process_state, send, wait_for
 from tests.holding.sitecustomize import HOLD
 from tests.node.test_hang import titled
 from tests.node.test_health import OUT, SERVING, look, route, strikes
@@ -42,7 +42,8 @@ def node(model: Path) -> Iterator[Node]:
         "--kv-events-config", json.dumps(events),
     ]  # fmt: skip
     # SGLang wants a NUMA node for each rank on a CPU, or to be told the cores.
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": str(Path("tests/holding").absolute()), **DEADLINES, **GENERATE}
+    bind = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", **ONE_THREAD}
+    env = {"PYTHONPATH": str(Path("tests/holding").absolute()), **bind, **DEADLINES, **GENERATE}
     node = Node(str(model), "--served-model-name", MODEL, *CPU, *flags, env=env)
     node.environment["SGNODE_TEST_HOLD"] = str(node.root / "hold")
     with node:
@@ -214,7 +215,7 @@ def test_a_detokenizer_that_hangs_beside_tokens_that_need_it_not(node: Node, hol
     engine = node.pid("engine")
     body = {"model": MODEL, "input_ids": [20, 30], "sampling_params": {"max_new_tokens": 4}, "stream": True}
     with Streams() as streams, ThreadPoolExecutor() as pool:
-        results = streams.start(node.url, MODEL, 8, 1_800)
+        results = streams.start(node.url, MODEL, 8, 3_000)
         streams.flowing(results)
         hold(titled(node, "sglang::detokenizer"))
         native = pool.submit(post, f"{node.url}/generate", body)
@@ -223,5 +224,5 @@ def test_a_detokenizer_that_hangs_beside_tokens_that_need_it_not(node: Node, hol
         assert any(not r.ended for r in results), "the streams were too short to show anything"
         hold(0)
         assert b"[DONE]" in native.result(30)
-        assert all(r.complete and r.tokens == 1_800 for r in streams.join())
+        assert all(r.complete and r.tokens == 3_000 for r in streams.join())
     back_in_discovery(node, engine)
