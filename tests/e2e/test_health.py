@@ -224,5 +224,7 @@ def test_a_detokenizer_that_hangs_beside_tokens_that_need_it_not(node: Node, hol
         assert any(not r.ended for r in results), "the streams were too short to show anything"
         hold(0)
         assert b"[DONE]" in native.result(30)
-        assert all(r.complete and r.tokens == 3_000 for r in streams.join())
+        streams.join()
+        said = [(r.tokens, r.chunks, r.error, r.ended - r.started) for r in results]
+        assert all(r.complete and r.tokens == 3_000 for r in results), said
     back_in_discovery(node, engine)
