@@ -25,6 +25,8 @@ CPU = ["--max-total-tokens", "65536"]
 """On top of `sgnode serve`'s own defaults for a host without a GPU."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Environment of engines that share the host's cores: with two threads each, all spinning, they make a tenth of the tokens."""
+TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", **ONE_THREAD}
+"""Environment of two ranks: SGLang wants a NUMA node for each on a CPU, or to be told the cores."""
 
 
 class Deadline(AssertionError):

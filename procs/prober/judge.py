@@ -43,6 +43,8 @@ class Work:
     transfers: float = 0
     step_seconds: float = 0
     """How long it has been in one step; 0: it is in none."""
+    sampled_at: float = math.inf
+    """When the oldest of these was read, in monotonic seconds; infinite for an engine that counts in its own process."""
 
 
 def work_of(numbers: Mapping[str, float], rank: int | None) -> Work:
@@ -62,12 +64,8 @@ def work_of(numbers: Mapping[str, float], rank: int | None) -> Work:
         loops=sum(found("loops")),
         transfers=sum(found("transfers")),
         step_seconds=max(found("step_seconds"), default=0.0),
+        sampled_at=min(found("sampled_at"), default=0.0) or math.inf,
     )
-
-
-def _sampled_at(numbers: Mapping[str, float]) -> float:
-    """When the oldest of the schedulers' counters was read; infinite for an engine that counts in its own process."""
-    return min((value for key, value in numbers.items() if key.startswith("scheduler_sampled_at_dp")), default=math.inf)
 
 
 class Rank:
@@ -161,7 +159,8 @@ class WayOut:
 
     def hear(self, beat: Beat, now: float) -> None:
         numbers = beat.numbers
-        outputs, handed = numbers.get("outputs", 0.0), work_of(numbers, None).outputs
+        work = work_of(numbers, None)
+        outputs, handed = numbers.get("outputs", 0.0), work.outputs
         self._newest = handed
         self.flows = outputs != self._outputs
         if self.flows:
@@ -171,7 +170,7 @@ class WayOut:
         # What was for an aborted request may end in the engine: without anybody who waits it says nothing.
         if self.flows or stale or not numbers.get("inflight") or numbers.get("controls") or handed < self._handed:
             self._outputs, self._handed, self._since = outputs, handed, None
-            self._handed_at = _sampled_at(numbers)
+            self._handed_at = work.sampled_at
         elif handed > self._handed and self._since is None:
             self._since = now
 

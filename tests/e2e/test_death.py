@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from tests.e2e.conftest import MODEL
-from tests.harness import CPU, ONE_THREAD, Deadline, Node, gone, instances, marked_pids, send, wait_for
+from tests.harness import CPU, TWO_RANKS, Deadline, Node, gone, instances, marked_pids, send, wait_for
 from tests.leftovers import Held, flat, held, marked, marks
 from tests.streams import Streams
 from tests.unit.test_scrape import samples
@@ -41,9 +41,7 @@ class Started:
 
 @pytest.fixture(scope="module")
 def started(model: Path) -> Iterator[Started]:
-    # SGLang wants a NUMA node for each rank on a CPU, or to be told the cores.
-    bind = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", **ONE_THREAD}
-    with Node(str(model), "--served-model-name", MODEL, *CPU, "--dp-size", "2", "--enable-metrics", env=bind) as node:
+    with Node(str(model), "--served-model-name", MODEL, *CPU, "--dp-size", "2", "--enable-metrics", env=TWO_RANKS) as node:
         temporary = node.root / "tmp"
         temporary.mkdir()
         node.environment["TMPDIR"] = str(temporary)

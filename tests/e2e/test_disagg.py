@@ -135,7 +135,7 @@ def test_cancelled_while_it_waits_for_its_prefill(pair: Pair) -> None:
         wait_for("decode has let them go", lambda: inflight(pair.decode) == 0, 10)
     finally:
         send(stopped, signal.SIGCONT)
-    wait_for("prefill has let them go", lambda: inflight(pair.prefill) == 0, 50)
+    wait_for("prefill has let them go", lambda: inflight(pair.prefill) == 0, 30)
 
 
 def _close_unanswered(pair: Pair) -> None:

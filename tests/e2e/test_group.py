@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import SOAK
 from tests.e2e.conftest import MODEL
-from tests.harness import CPU, ONE_THREAD, Node, gone, marked_pids, send, wait_for
+from tests.harness import CPU, TWO_RANKS, Node, gone, marked_pids, send, wait_for
 from tests.hosts import CABLE, CLIENT, Hosts
 from tests.streams import Streams
 
@@ -36,9 +36,8 @@ class TwoHosts:
         for rank in (0, 1):
             flags = [str(model), "--served-model-name", MODEL, *CPU, *group, "--node-rank", str(rank)]
             env = {
-                **ONE_THREAD,
+                **TWO_RANKS,
                 "GLOO_SOCKET_IFNAME": hosts.ends[rank],
-                "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
                 "SGLANG_HOST_IP": CABLE[rank],
             }
             node = Node(*flags, "--http-host", CLIENT[1], "--drain-grace", "1", name=f"host{rank}", env=env)

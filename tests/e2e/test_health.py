@@ -17,7 +17,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL
 from tests.frontend import free_port
-from tests.harness import CPU, ONE_THREAD, Node, instances, process_state, send, wait_for
+from tests.harness import CPU, TWO_RANKS, Node, instances, process_state, send, wait_for
 from tests.holding.sitecustomize import HOLD
 from tests.node.test_hang import titled
 from tests.node.test_health import OUT, SERVING, look, route, strikes
@@ -41,9 +41,7 @@ def node(model: Path) -> Iterator[Node]:
         "--dp-size", "2", "--chunked-prefill-size", str(CHUNK), "--engine-route", "slow_down:tm", "--enable-metrics",
         "--kv-events-config", json.dumps(events),
     ]  # fmt: skip
-    # SGLang wants a NUMA node for each rank on a CPU, or to be told the cores.
-    bind = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", **ONE_THREAD}
-    env = {"PYTHONPATH": str(Path("tests/holding").absolute()), **bind, **DEADLINES, **GENERATE}
+    env = {"PYTHONPATH": str(Path("tests/holding").absolute()), **TWO_RANKS, **DEADLINES, **GENERATE}
     node = Node(str(model), "--served-model-name", MODEL, *CPU, *flags, env=env)
     node.environment["SGNODE_TEST_HOLD"] = str(node.root / "hold")
     with node:

@@ -3,7 +3,6 @@
 import asyncio
 import io
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -25,7 +24,7 @@ from procs.keeper import life
 from shared.blobs import BLOBS
 from shared.config import MediaLimits, NodeConfig
 from shared.errors import Code, RequestError
-from tests.harness import wait_for
+from tests.harness import process_state, send, wait_for
 
 PARAMS = {"prompt": "p", "width": 32, "height": 32, "num_inference_steps": 4, "guidance_scale": 5.0, "seed": 7}
 
@@ -312,11 +311,6 @@ def _spin() -> None:
         pass
 
 
-def state(pid: int) -> str:
-    """Its letter in proc(5)."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
 def test_a_busy_scheduler_is_progress_and_a_stopped_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LOOK_SECONDS", 0.1)
 
@@ -326,14 +320,13 @@ def test_a_busy_scheduler_is_progress_and_a_stopped_one_is_not(tmp_path: Path, m
         await until(lambda: len(scripted.asked) == 1)
         before = backend.numbers()["scheduler_steps_dp0"]
         await until(lambda: backend.numbers()["scheduler_steps_dp0"] >= before + 3)
-        os.kill(process.pid, signal.SIGSTOP)
-        await until(lambda: state(process.pid) == "T")
+        send(process.pid, signal.SIGSTOP)
         backend.numbers()
         await until(lambda: backend.numbers()["scheduler_step_seconds_dp0"] > 1)
         still = backend.numbers()["scheduler_steps_dp0"]
         await until(lambda: backend.numbers()["scheduler_step_seconds_dp0"] > 2)
         assert backend.numbers()["scheduler_steps_dp0"] == still
-        assert state(process.pid) == "T"
+        assert process_state(process.pid) == "T"
         scripted.local_scheduler_process = []
 
     with child(_spin) as process:
