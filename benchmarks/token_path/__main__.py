@@ -7,13 +7,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from benchmarks.token_path import model, options, outputs, table
+from benchmarks.token_path import model, options, outputs, paired, table
 from benchmarks.token_path.clients import LoadError
 from benchmarks.token_path.load import Load
 from benchmarks.token_path.measure import measure
@@ -27,6 +29,7 @@ LOG_LINES = 15
 """Of each log's end that the record keeps of a side that failed."""
 SEEDS = 100_000
 """Prompts that one load may use up."""
+NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 def main() -> int:
@@ -75,15 +78,18 @@ class Run:
     def at_once(self) -> None:
         """All sides are started first, and loaded in turns: what drifts on the host meets all of them alike.
 
-        Fewer agents come after all rounds with the most, as agents are only stopped.
+        Fewer agents come after all rounds with the most, as agents are only stopped; their peers with each token by itself
+        are loaded beside them again. Loads of one ``pass`` over the sides are neighbours.
         """
         with ExitStack() as stack:
             ups = [(self._start(sides, 0, stack), sides) for sides in together(self._found.sides)]
             turns = [(up, wanted) for up, sides in ups if up is not None for wanted in sides]
-            for step in range(len(self._found.agents)):
-                for turn in range(self._found.rounds):
-                    for up, wanted in turns if turn % 2 == 0 else turns[::-1]:
-                        self._loads(up, wanted, turn, self._agents(wanted)[step : step + 1])
+            passes = product(range(len(self._found.agents)), range(self._found.rounds))
+            for number, (step, turn) in enumerate(passes):
+                for up, wanted in turns if number % 2 == 0 else turns[::-1]:
+                    agents = self._agents(wanted)
+                    peers = agents if wanted.interval == 1 and len(agents) == 1 else []
+                    self._loads(up, wanted, turn, agents[step : step + 1] or peers, {"pass": number})
 
     def _start(self, sides: list[Wanted], turn: int, stack: ExitStack) -> "Up | None":
         """Start what these sides share, until the stack ends it. What goes wrong is recorded, and the run goes on without."""
@@ -124,7 +130,7 @@ class Run:
         document["refused"] = document["refused"] or outputs.difference(document["texts"])
         self._record.save()
 
-    def _loads(self, up: "Up", wanted: Wanted, turn: int, agents: list[int]) -> None:
+    def _loads(self, up: "Up", wanted: Wanted, turn: int, agents: list[int], also: Mapping[str, int] = NOTHING) -> None:
         """All loads, with each of these numbers of agents. A side that has failed once gets no more."""
         if up.failed:
             return
@@ -135,7 +141,7 @@ class Run:
                 up.side.scale(count)
                 for repeat in range(self._found.repeats):
                     for load in self._asked():
-                        about = {"side": str(wanted), "agents": count, "round": turn, "repeat": repeat}
+                        about = {"side": str(wanted), "agents": count, "round": turn, "repeat": repeat, **also}
                         entry = {**about, **measure(up.side, up.mark, replace(load, seed=next(self._seeds)))}
                         self._record.add("loads", entry)
                         say(line(entry))
@@ -190,7 +196,7 @@ def finish(record: Record) -> int:
         say(f"not compared: {document['refused']}")
         return 1
     if document["loads"]:
-        print(table.render(document["loads"]))
+        print("\n\n".join(filter(None, (table.render(document["loads"]), paired.render(document["loads"])))))
     if failed:
         say(f"failed: {'; '.join(failed)}")
     return 1 if failed else 0

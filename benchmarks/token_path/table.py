@@ -1,5 +1,6 @@
 """The run as text: medians with the lowest and highest over all loads alike, CPU and memory by process."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.figures import median
@@ -13,17 +14,18 @@ COLUMNS = {
 """What is shown of a load; ITL between arrivals, times in ms, ``client`` the busiest client process's share of a core."""
 RANGES = ("tokens_per_s", "ttft_p50", "itl_p50", "itl_p99")
 """Shown with their lowest and highest."""
+NOTHING = "-"
 
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
-def cell(values: list[float | None], *, ranged: bool) -> str:
+def cell(values: Sequence[float | None], *, ranged: bool) -> str:
     """Median, and ``[lowest, highest]``; a dash for what the side does not show."""
     known = [value for value in values if value is not None]
     if not known:
-        return "-"
+        return NOTHING
     text = number(median(known))
     return f"{text} [{number(min(known))}, {number(max(known))}]" if ranged and len(known) > 1 else text
 

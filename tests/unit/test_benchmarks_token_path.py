@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 
 from benchmarks.token_path import __main__ as program
-from benchmarks.token_path import options, outputs, plot, processes, record, table
+from benchmarks.token_path import options, outputs, paired, plot, processes, record, table
 from benchmarks.token_path.clients import LoadError
 from benchmarks.token_path.drive import Done, Part, arrivals
 from benchmarks.token_path.figures import figures, steady, tokens_within
@@ -333,12 +333,10 @@ def played(
         str(target),
         "--sides",
         ",".join(sides),
-        "--rounds",
-        "1",
         "--output-tokens",
         "4",
     ]
-    monkeypatch.setattr(sys, "argv", ["token_path", *arguments, *argv])
+    monkeypatch.setattr(sys, "argv", ["token_path", "--rounds", "1", *arguments, *argv])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     return program.main(), json.loads(target.read_text()), written
 
@@ -358,6 +356,41 @@ def test_a_run_keeps_every_load_as_it_comes(
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("1 streams", "8 streams", "5 requests/s", "sgnode x2", "peak RSS"))
     assert plot.points(document["loads"], "itl_p50")["sgnode x1"] == [(1, 1000.0, 1000.0, 1000.0), (8, 1000.0, 1000.0, 1000.0)]
+
+
+def test_sides_that_are_up_at_once_are_loaded_in_turns_and_compared_within_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = {name: FakeSide(["a"] * 8) for name in ("dynamo", "dynamo/20", "sgnode")}
+    flags = ("--at-once", "--agents", "2,1", "--rounds", "2", "--streams", "1")
+    code, document, _ = played(monkeypatch, tmp_path, sides, *flags)
+    assert code == 0
+    passes: dict[int, list[str]] = {}
+    for load in document["loads"]:
+        passes.setdefault(load["pass"], []).append(record.label(load))
+    there = ["dynamo", "dynamo/20", "sgnode x2"]
+    assert passes == {0: there, 1: there[::-1], 2: ["dynamo", "sgnode x1"], 3: ["sgnode x1", "dynamo"]}
+    shown = capsys.readouterr().out
+    assert "1 streams, tok/s of it to" in shown
+    assert [line.split()[2:] for line in shown.splitlines() if line.startswith("sgnode x1")][-1] == [
+        "0.00",
+        "[0.00,",
+        "0.00]",
+        "-",
+    ]
+
+
+def test_a_pair_is_of_one_pass() -> None:
+    def load(side: str, agents: int, number: int, rate: float) -> dict[str, Any]:
+        return {"side": side, "agents": agents, "pass": number, "repeat": 0, "tokens_per_s": rate, "itl_p50": None}
+
+    ours = [load("sgnode", 1, number, rate) for number, rate in ((0, 8.0), (1, 2.0), (3, 9.0))]
+    theirs = [load("dynamo", 0, number, rate) for number, rate in ((1, 1.0), (0, 2.0), (2, 5.0))]
+    assert paired.pairs(ours, theirs, "tokens_per_s") == [4.0, 2.0]
+    assert paired.pairs(ours, theirs, "itl_p50") == []
+    for one in ours + theirs:
+        del one["pass"]
+    assert paired.pairs(ours, theirs, "tokens_per_s") == []
 
 
 def test_sides_with_other_texts_are_not_compared(
