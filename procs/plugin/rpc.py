@@ -22,6 +22,7 @@ from procs.plugin import facts, logfile
 from procs.plugin.guard import ENGINE
 from procs.plugin.journal import Journal, OwnLog
 from procs.plugin.notify import Notify
+from procs.plugin.pace import Pace
 from procs.plugin.wakeup import Wakeup
 from procs.plugin.wants import DRAIN, SERVE, STOP, Wants
 from shared import logs
@@ -58,6 +59,7 @@ class Plugin:
         self._starts: Counter[str] = Counter()
         self._notify = Notify()
         self._wakeup = Wakeup(self._options, self._round)
+        Pace(supervisord)
         logs.facts.update(process=SUPERVISORD, pid=os.getpid(), node=config.name)
         logfile.install(self._options.logger)
         self._journal: Journal | None = None
