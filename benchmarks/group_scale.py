@@ -12,8 +12,8 @@ import resource
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
-from benchmarks.figures import median
 from tests.group_rooms import Room, Watch
 from tests.groups import dist_port
 

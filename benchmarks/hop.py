@@ -14,13 +14,13 @@ import time
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import uvloop
 import zmq
 
-from benchmarks.figures import median
 from procs.agent.handler import Handler
 from procs.engine.service import Service
 from shared import sockets

@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
 import psutil
 import zmq
 
-from benchmarks.figures import median
 from procs.relay.kv.wire import AllBlocksCleared, BlockRemoved, BlockStored
 from shared import sockets
 from shared.frames import AnyState, Beat

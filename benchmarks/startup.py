@@ -13,9 +13,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks.figures import median
 from benchmarks.token_path import host
 from procs.coordinator.startup import LOGGED, PHASES
 from procs.engine.load_progress import LoadProgress

@@ -3,9 +3,9 @@
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks.figures import median
 from benchmarks.token_path.record import label
 
 PANELS = {"tokens_per_s": "tokens/s", "itl_p50": "ITL p50, ms", "itl_p99": "ITL p99, ms"}

@@ -1,9 +1,9 @@
 """The run as text: medians with the lowest and highest over all loads alike, CPU and memory by process."""
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
-from benchmarks.figures import median
 from benchmarks.token_path.record import groups
 
 COLUMNS = {

@@ -6,10 +6,10 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import pytest
 
-from benchmarks.figures import median
 from tests.conftest import SOAK
 from tests.group_rooms import DEADLINE, Room, Watch
 from tests.groups import dist_port
