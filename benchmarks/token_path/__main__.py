@@ -7,12 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from benchmarks.token_path import model, options, outputs, paired, table
@@ -29,7 +28,6 @@ LOG_LINES = 15
 """Of each log's end that the record keeps of a side that failed."""
 SEEDS = 100_000
 """Prompts that one load may use up."""
-NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 def main() -> int:
@@ -89,7 +87,7 @@ class Run:
                 for up, wanted in turns if number % 2 == 0 else turns[::-1]:
                     agents = self._agents(wanted)
                     peers = agents if wanted.interval == 1 and len(agents) == 1 else []
-                    self._loads(up, wanted, turn, agents[step : step + 1] or peers, {"pass": number})
+                    self._loads(up, wanted, turn, agents[step : step + 1] or peers, **{"pass": number})
 
     def _start(self, sides: list[Wanted], turn: int, stack: ExitStack) -> "Up | None":
         """Start what these sides share, until the stack ends it. What goes wrong is recorded, and the run goes on without."""
@@ -130,8 +128,8 @@ class Run:
         document["refused"] = document["refused"] or outputs.difference(document["texts"])
         self._record.save()
 
-    def _loads(self, up: "Up", wanted: Wanted, turn: int, agents: list[int], also: Mapping[str, int] = NOTHING) -> None:
-        """All loads, with each of these numbers of agents. A side that has failed once gets no more."""
+    def _loads(self, up: "Up", wanted: Wanted, turn: int, agents: list[int], **also: int) -> None:
+        """All loads, with each of these numbers of agents; ``also`` is for the record. A side that has failed once gets no more."""
         if up.failed:
             return
         up.failed = True

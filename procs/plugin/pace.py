@@ -6,7 +6,6 @@ a line about it. Nothing is lost meanwhile: lines wait in the pipe, also those o
 
 import select
 import time
-from collections.abc import Callable
 from typing import Any
 
 from supervisor.dispatchers import POutputDispatcher
@@ -18,11 +17,10 @@ PACE_SECONDS = 0.02
 class Pace:
     """Takes the place of the ``poll`` of supervisord's poller."""
 
-    def __init__(self, supervisord: Any, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, supervisord: Any) -> None:
         self._processes = supervisord.get_process_map
         self._poller = supervisord.options.poller
         self._poll = self._poller.poll
-        self._clock = clock
         self._next = 0.0
         self._poller.poll = self.poll
 
@@ -31,10 +29,10 @@ class Pace:
         readable, writable = self._poll(timeout)
         output = {fd for fd, dispatcher in self._processes().items() if isinstance(dispatcher, POutputDispatcher)}
         if not output.isdisjoint(readable):
-            if not writable and output.issuperset(readable) and self._next > (now := self._clock()):
+            if not writable and output.issuperset(readable) and self._next > (now := time.monotonic()):
                 self._others(output, self._next - now)
                 readable, writable = self._poll(0)
-            self._next = self._clock() + PACE_SECONDS
+            self._next = time.monotonic() + PACE_SECONDS
         return readable, writable
 
     def _others(self, output: set[int], seconds: float) -> None:
