@@ -129,7 +129,7 @@ class Run:
         self._record.save()
 
     def _loads(self, up: "Up", wanted: Wanted, turn: int, agents: list[int], **also: int) -> None:
-        """All loads, with each of these numbers of agents; ``also`` is for the record. A side that has failed once gets no more."""
+        """All loads, with each of these numbers of agents; ``also`` is recorded. A side that failed gets no more."""
         if up.failed:
             return
         up.failed = True
